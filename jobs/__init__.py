@@ -1,0 +1,1 @@
+"""The `pixart` command, its job files, and putting the same command line on a cluster."""

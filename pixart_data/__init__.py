@@ -1,0 +1,1 @@
+"""The data library: sources, images, captions, noun statistics, encoders, feature shards. Knows nothing of Ray."""

@@ -1,0 +1,34 @@
+"""The errors that the toolkit raises on purpose.
+
+PixArtError
+├── ConfigError  exit 2: a job file, a flag or a model id is wrong; nothing was done
+├── DataError    exit 3: the input or a dataset on disk is not what it says it is
+└── JobError     exit 4: the machine or the cluster failed: storage, workers, a lock held by another run
+
+Every message reads `where: what was expected, what was found; what to do`. Anything else that escapes is a bug
+(exit 1, with its traceback). Each class takes one string, so that errors survive pickling between processes.
+"""
+
+
+class PixArtError(Exception):
+    """The root: an error that its message explains completely."""
+
+    exit_code = 1
+
+
+class ConfigError(PixArtError):
+    """A setting is unknown, of the wrong type or out of range, or a model cannot be found."""
+
+    exit_code = 2
+
+
+class DataError(PixArtError):
+    """An input or a dataset on disk is unreadable, damaged, or does not fit the job."""
+
+    exit_code = 3
+
+
+class JobError(PixArtError):
+    """The job could not go on: storage failed, a worker kept dying, or another run holds the output."""
+
+    exit_code = 4

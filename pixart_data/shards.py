@@ -1,0 +1,250 @@
+"""Feature shards: uncompressed WebDataset tars of safetensors members, and the index that addresses every tensor.
+
+A feature set is a directory: `manifest.json` (written last), `index.parquet` (one row for each sample),
+`rejected.parquet`, `commits/`, and the shards. Image sets hold one folder for each bucket. A member is
+`<key>.safetensors` with one tensor:
+
+    images  `moments`  F16   (2, C, H, W)   posterior mean and standard deviation, unscaled; H W in latent cells of 8 px
+    text    `t5`       BF16  (n, D)         the n true tokens, never padding
+
+Any WebDataset reader opens the tars; the index gives offset and length, so that one positioned read fetches a tensor.
+Tensor data starts on a multiple of 64 bytes. Member headers depend on nothing but key, name, type and shape, so a
+reader can rebuild and check every byte of a shard.
+"""
+
+import hashlib
+import json
+import os
+import tarfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pixart_data.commits import Record, storage, write_atomic
+from pixart_data.errors import DataError
+
+FORMAT = "pixart-features"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+INDEX = "index.parquet"
+REJECTED_FILE = "rejected.parquet"
+INDEX_PARTS = "index"
+
+_BLOCK = 512
+_ALIGNMENT = 64
+_DTYPES: dict[str, npt.DTypeLike] = {"F16": np.float16, "F32": np.float32, "BF16": np.uint16}
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """Where a tensor lies in a shard."""
+
+    offset: int
+    size_bytes: int
+    crc32: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a feature set is and what it holds; its existence says the set is complete.
+
+    Attributes:
+        kind: "image" or "text".
+        tensor: Name of the tensor in every member, with its safetensors type in `dtype`.
+        model: Id, revision and facts of the encoder: scaling factor, channels, width.
+        policy: What was done before the encoder: resizing and cropping, or text cleaning and truncation.
+        buckets: Ratio, size, rows and shards of each bucket; empty for text.
+        shards: Path, size_bytes, sha256 of each shard and of the null features.
+        counts: rows_in, rows_out and rejected by reason.
+    """
+
+    kind: str
+    tensor: str
+    dtype: str
+    model: dict[str, Any]
+    policy: dict[str, Any]
+    counts: dict[str, Any]
+    shards: list[dict[str, Any]]
+    buckets: list[dict[str, Any]] = field(default_factory=list)
+    index_sha256: str = ""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    format: str = FORMAT
+    version: int = FORMAT_VERSION
+
+
+def member_prefix(key: str, tensor: str, dtype: str, shape: Sequence[int]) -> bytes:
+    """Return all bytes of a member that come before its tensor: tar header, safetensors length and header."""
+    size_bytes = int(np.dtype(_DTYPES[dtype]).itemsize * np.prod(shape, dtype=np.int64))
+    entry = {tensor: {"dtype": dtype, "shape": list(shape), "data_offsets": [0, size_bytes]}}
+    header = json.dumps(entry, separators=(",", ":")).encode()
+    header += b" " * (-(8 + len(header)) % _ALIGNMENT)
+    info = tarfile.TarInfo(f"{key}.safetensors")
+    info.size = 8 + len(header) + size_bytes
+    info.mode = 0o444
+    return info.tobuf(tarfile.GNU_FORMAT) + len(header).to_bytes(8, "little") + header
+
+
+class ShardWriter:
+    """Writes one shard, sample by sample; the same samples give the same bytes."""
+
+    def __init__(self, path: Path, tensor: str, dtype: str) -> None:
+        self.path, self.tensor, self.dtype = path, tensor, dtype
+        self._written = 0
+        with storage(path):
+            self._file = path.open("wb")
+
+    def add(self, key: str, values: npt.NDArray[Any]) -> TensorPlace:
+        """Append a sample and return where its tensor lies. `values` has the shard's type (BF16 as uint16 bits)."""
+        if values.dtype != _DTYPES[self.dtype]:
+            raise ValueError(f"{key}: expected {self.dtype}, got {values.dtype}")
+        data = np.ascontiguousarray(values).tobytes()
+        prefix = member_prefix(key, self.tensor, self.dtype, values.shape)
+        place = TensorPlace(self._written + len(prefix), len(data), zlib.crc32(data))
+        record = prefix + data
+        record += bytes(-len(record) % _BLOCK)
+        with storage(self.path):
+            self._file.write(record)
+        self._written += len(record)
+        return place
+
+    def close(self) -> None:
+        """Write the end-of-archive blocks and flush to the disk."""
+        with storage(self.path), self._file:
+            self._file.write(bytes(2 * _BLOCK))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._file.close()
+
+
+class FeatureSet:
+    """A sealed feature set, opened for reading: manifest, index, and tensors by positioned reads.
+
+    Thread-safe. `index` is the whole index table; rows are addressed by shard path, offset and size from it.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.manifest = read_manifest(root)
+        self.index = pq.read_table(root / INDEX)
+        self._descriptors: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return int(self.index.num_rows)
+
+    def read_bytes(self, shard: str, offset: int, size_bytes: int) -> bytes:
+        """Return `size_bytes` from a shard with one positioned read.
+
+        Raises:
+            DataError: If the shard is missing or too short.
+        """
+        descriptor = self._descriptors.get(shard)
+        if descriptor is None:
+            try:
+                descriptor = os.open(self.root / shard, os.O_RDONLY)
+            except OSError as error:
+                raise DataError(f"{self.root / shard}: cannot be opened ({error.strerror}); extract again") from error
+            descriptor = self._keep(shard, descriptor)
+        data = os.pread(descriptor, size_bytes, offset)
+        if len(data) != size_bytes:
+            raise DataError(f"{self.root / shard}: ends early; `pixart verify {self.root}` names the samples lost")
+        return data
+
+    def read_tensor(self, shard: str, offset: int, size_bytes: int, shape: Sequence[int]) -> npt.NDArray[Any]:
+        """Return a tensor; BF16 comes as uint16 bits, for `torch.Tensor.view(torch.bfloat16)`."""
+        data = self.read_bytes(shard, offset, size_bytes)
+        return np.frombuffer(data, dtype=_DTYPES[self.manifest.dtype]).reshape(shape)
+
+    def _keep(self, shard: str, descriptor: int) -> int:
+        kept = self._descriptors.setdefault(shard, descriptor)
+        if kept != descriptor:  # another thread opened the same shard first
+            os.close(descriptor)
+        return kept
+
+    def close(self) -> None:
+        """Close the shards."""
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+
+def read_manifest(root: Path) -> Manifest:
+    """Return the manifest of the feature set at `root`.
+
+    Raises:
+        DataError: If there is none, or it is of another format or version.
+    """
+    path = root / MANIFEST
+    try:
+        fields = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise DataError(f"{root}: no {MANIFEST}: not a finished feature set; run `pixart extract` to its end") from None
+    except ValueError as error:
+        raise DataError(f"{path}: not valid JSON ({error}); run `pixart extract` again to rewrite it") from error
+    if fields.get("format") != FORMAT or fields.get("version") != FORMAT_VERSION:
+        found = f"{fields.get('format')} version {fields.get('version')}"
+        raise DataError(f"{path}: expected {FORMAT} version {FORMAT_VERSION}, found {found}; extract again")
+    return Manifest(**fields)
+
+
+def feature_sets(root: Path) -> dict[str, Path]:
+    """Return the sealed feature sets of a dataset by name; `root` may also be a single set."""
+    if (root / MANIFEST).is_file():
+        return {root.name: root}
+    return {path.parent.name: path.parent for path in sorted(root.glob(f"*/{MANIFEST}"))}
+
+
+def seal(root: Path, records: Sequence[Record], schema: pa.Schema, manifest: Manifest) -> Manifest:
+    """Merge the units' index parts into one index and one table of rejected rows, then write the manifest.
+
+    Args:
+        records: The commit records of every unit of the set, in the order the index is to have.
+        schema: `records.IMAGE_INDEX` or `records.TEXT_INDEX`.
+        manifest: Complete but for `index_sha256`.
+
+    Raises:
+        DataError: If a key occurs twice.
+    """
+    parts = [file.path for record in records for file in record.files if file.path.startswith(f"{INDEX_PARTS}/")]
+    tables = [pq.read_table(root / part, schema=schema) for part in parts]
+    table = pa.concat_tables(tables) if tables else schema.empty_table()
+    valid = table["error"].is_null()
+    index = table.filter(valid).drop_columns(["error", "detail"])
+    if index.num_rows != len(index["key"].unique()):
+        twice = next(k for k, n in zip(*_key_counts(index), strict=True) if n > 1)
+        raise DataError(f"{root}: key {twice} occurs twice; give the sources different names with source.root")
+    rejected = table.filter(table["error"].is_valid()).select(["key", "error", "detail"])
+    _write_table(root / REJECTED_FILE, rejected)
+    index_sha256 = _write_table(root / INDEX, index)
+    sealed = Manifest(**{**asdict(manifest), "index_sha256": index_sha256})
+    write_atomic(root / MANIFEST, json.dumps(asdict(sealed), indent=1).encode())
+    return sealed
+
+
+def _key_counts(index: pa.Table) -> tuple[list[str], list[int]]:
+    counts = index["key"].combine_chunks().value_counts()
+    return counts.field("values").to_pylist(), counts.field("counts").to_pylist()
+
+
+def _write_table(path: Path, table: pa.Table) -> str:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    data = sink.getvalue().to_pybytes()
+    write_atomic(path, data)
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,1 @@
+"""The slim training package: the PixArt transformer, its diffusion, and training from feature shards."""
