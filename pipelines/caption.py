@@ -1,0 +1,156 @@
+"""`pixart caption`: source shards to a Parquet table of captions, one part for each shard."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.config import Caption
+from pipelines.driver import Account, Plan, Run, execute, make_plan
+from pipelines.pool import Report
+from pipelines.prefetch import ahead
+from pixart_data.commits import Record, publish, staging_path
+from pixart_data.models import identity
+from pixart_data.records import CAPTIONS, SCHEMA_VERSION, Reason
+from pixart_data.sources import Sample, Unit, find_units, read_samples
+
+STAGE = "caption"
+
+
+@dataclass
+class Picture:
+    """A sample and its pixels, or the reason why it has none."""
+
+    sample: Sample
+    decoded: Any = None
+    error: Reason | None = None
+    detail: str = ""
+
+
+def decode_sample(sample: Sample, max_pixels: int, min_side_px: int | None) -> Picture:
+    """Decode a sample's image; a bad image becomes a reason, never an exception."""
+    from pixart_data.images import ImageRejected, decode
+
+    if sample.error is not None or sample.data is None:
+        return Picture(sample, None, sample.error or Reason.NO_IMAGE, sample.detail)
+    try:
+        decoded = decode(sample.data, max_pixels=max_pixels, min_side_px=min_side_px)
+    except ImageRejected as rejected:
+        return Picture(sample, None, rejected.reason, rejected.detail)
+    return Picture(sample, decoded)
+
+
+class CaptionStage:
+    """Captions one unit after another with one loaded model."""
+
+    def __init__(self, job: Caption) -> None:
+        from pixart_data.captioner import Captioner
+
+        self.job = job
+        self.captioner = Captioner(job.captioner)
+
+    def __call__(self, unit: Unit, report: Report) -> Record:
+        """Write the unit's part of the table and return its record."""
+        root = Path(self.job.output)
+        decode = partial(
+            decode_sample,
+            max_pixels=self.job.source.max_image_pixels,
+            min_side_px=self.job.captioner.min_side_px,
+        )
+        self.captioner.seed(int.from_bytes(f"{self.job.captioner.seed}/{unit.id}".encode()[-7:]))
+        rows: list[dict[str, Any]] = []
+        for row in self._rows(ahead(decode, read_samples(unit, self.job.source))):
+            rows.append(row)
+            report(len(rows), sum(r["error"] is not None for r in rows))
+        staged = staging_path(root, f"{unit.id}.parquet")
+        pq.write_table(pa.Table.from_pylist(rows, schema=CAPTIONS), staged, compression="zstd")
+        file = publish(staged, root, root, unit.id, ".parquet")
+        rejected = Counter(str(row["error"]) for row in rows if row["error"] is not None)
+        rows_out = len(rows) - rejected.total()
+        return Record(unit.id, "", {}, len(rows), rows_out, dict(rejected), [file], facts=self.captioner.facts)
+
+    def _rows(self, pictures: Iterator[Picture]) -> Iterator[dict[str, Any]]:
+        """Caption in batches of good pictures and yield rows in the order of the source."""
+        held: list[Picture] = []
+        num_good = 0
+        for picture in pictures:
+            held.append(picture)
+            num_good += picture.error is None
+            if num_good == self.job.captioner.batch_size:
+                yield from self._batch(held)
+                held, num_good = [], 0
+        yield from self._batch(held)
+
+    def _batch(self, held: list[Picture]) -> Iterator[dict[str, Any]]:
+        good = [picture for picture in held if picture.error is None]
+        answers: Iterator[Any] = iter(())
+        if good:
+            images = [picture.decoded.image for picture in good]
+            batch = {"image": images, "raw_caption": [picture.sample.caption for picture in good]}
+            answers = iter(self.captioner(batch)["answer"])
+        for picture in held:
+            yield self._row(picture, next(answers) if picture.error is None else None)
+
+    def _row(self, picture: Picture, answer: Any) -> dict[str, Any]:
+        error, detail = picture.error, picture.detail
+        if answer is not None and not answer.text:
+            error, detail = Reason.EMPTY_CAPTION, f"the model answered nothing ({answer.finish_reason})"
+        row: dict[str, Any] = {
+            "key": picture.sample.key,
+            "raw_caption": picture.sample.caption,
+            "model": self.job.captioner.model,
+            "status": "ok" if error is None else "rejected",
+            "error": None if error is None else str(error),
+            "detail": detail or None,
+        }
+        if picture.decoded is not None:
+            row |= {
+                "width_px": picture.decoded.width_px,
+                "height_px": picture.decoded.height_px,
+                "image_ops": picture.decoded.ops,
+            }
+        if answer is not None:
+            row |= {
+                "caption": answer.text or None,
+                "prompt": answer.prompt,
+                "finish_reason": answer.finish_reason,
+                "num_prompt_tokens": answer.num_prompt_tokens,
+                "num_tokens": answer.num_tokens,
+            }
+        return row
+
+
+def prepare(job: Caption) -> Run:
+    """Find the units of a job and what decides their results."""
+    captioner = job.captioner.model_dump(exclude={"model", "revision", "batch_size", "device"})
+    source = job.source.model_dump(include={"layout", "path_column", "caption_column", "max_image_pixels"})
+    model = identity(job.captioner.model, job.captioner.revision, None)
+    decided = {"schema": SCHEMA_VERSION, "captioner": {**captioner, "model": model}, "source": source}
+    root = Path(job.output)
+    return Run(
+        stage=STAGE,
+        root=root,
+        units=find_units(job.source),
+        settings=lambda unit: {**decided, "shard": unit.fingerprint},
+        build=partial(CaptionStage, job),
+        cluster=job.cluster,
+        swept=lambda: [root],
+        suffixes=(".parquet",),
+    )
+
+
+def plan(job: Caption) -> list[tuple[Run, Plan]]:
+    """Return what the job would do."""
+    run = prepare(job)
+    return [(run, make_plan(run))]
+
+
+def run(job: Caption) -> list[tuple[Run, Account]]:
+    """Do the job."""
+    prepared = prepare(job)
+    return [(prepared, execute(prepared, job))]

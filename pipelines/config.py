@@ -1,0 +1,99 @@
+"""The job files of the stages that run on Ray."""
+
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from pixart_data.config import LocalPath, Section
+from pixart_data.sections import Captioner, ImageFeatures, Source, TextFeatures
+
+
+class Cluster(Section):
+    """Where the work runs and how hard it tries."""
+
+    address: str = "auto"
+    """`auto`: the cluster that RAY_ADDRESS names (inside a submitted job that is its own), else a new one on this
+    machine; `local`: always a new one; or `host:port` of a running head."""
+    num_workers: int | None = Field(default=None, ge=1)
+    """Processes that load the model; unset: one for each GPU, or one on a machine without (stats: one for each CPU)."""
+    gpus_per_worker: float | None = Field(default=None, ge=0)
+    """Unset: 1 where the cluster has GPUs, else 0."""
+    cpus_per_worker: float | None = Field(default=None, gt=0)
+    """Unset: 1 beside a GPU, else an equal share of the CPUs."""
+    max_attempts: int = Field(default=3, ge=1)
+    """A unit that fails this often is set aside; the job goes on, names it at the end and exits with 4."""
+    max_rejected: float = Field(default=0.2, ge=0.0, le=1.0)
+    """Above this share of rejected rows the finished job exits with 3; runs of under 100 rows are not judged."""
+
+
+class Caption(Section):
+    """`pixart caption`: images to a Parquet table of captions, one part for each source shard."""
+
+    output: LocalPath
+    """Directory of the table."""
+    source: Source
+    captioner: Captioner = Captioner()
+    cluster: Cluster = Cluster()
+
+
+class CaptionSet(Section):
+    """Captions to count: a table that `caption` wrote, any Parquet or JSONL file, or a folder of them."""
+
+    name: str = Field(min_length=1)
+    """As the report shows it."""
+    path: LocalPath
+    column: str = "caption"
+
+
+class Stats(Section):
+    """`pixart stats`: noun density of caption sets, beside the paper's Table 1."""
+
+    output: LocalPath
+    """Directory of stats.json and report.html."""
+    sets: list[CaptionSet] = Field(min_length=1)
+    approximate: bool = False
+    """Count with TextBlob's lexicon even where NLTK's data is present."""
+    download_nltk: bool = True
+    """Fetch NLTK's data, as NLTK does, when it is missing."""
+    cluster: Cluster = Cluster()
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        names = [caption_set.name for caption_set in self.sets]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"sets: expected different names, found '{twice[0]}' twice; rename one, e.g. other=PATH")
+        return self
+
+
+class CaptionInput(Section):
+    """The captions to encode."""
+
+    path: LocalPath
+    """The output directory of `caption`, or a Parquet or JSONL file, or a folder of them, with a `key` column."""
+    column: str = "caption"
+    """`raw_caption` takes the text that came with the images."""
+
+
+class Extract(Section):
+    """`pixart extract`: feature sets for training. A set is made if its section is there, and redone if it changed."""
+
+    output: LocalPath
+    """Directory of the dataset; each feature set is a folder in it."""
+    source: Source | None = None
+    """Needed for images, and for texts that come with the images."""
+    captions: CaptionInput | None = None
+    """Unset: the raw captions of the source."""
+    image: ImageFeatures | None = None
+    text: TextFeatures | None = None
+    cluster: Cluster = Cluster()
+
+    @model_validator(mode="after")
+    def _has_work(self) -> Self:
+        if self.image is None and self.text is None:
+            raise ValueError("expected a section [image], [text] or both, found neither; add one, empty for defaults")
+        if self.source is None and (self.image is not None or self.captions is None):
+            raise ValueError("source: required, and missing; add [source] with paths = [...]")
+        if self.image is not None and self.text is not None and self.image.set_name == self.text.set:
+            raise ValueError(f"text.set: expected a name of its own, found '{self.text.set}' for images too")
+        return self

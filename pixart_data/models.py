@@ -1,0 +1,107 @@
+"""Loading pretrained models: where they run, in which precision, which exact weights they are, and clear failures."""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pixart_data.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+_SAMPLED_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Device and dtype a model is loaded to."""
+
+    device: "torch.device"
+    dtype: "torch.dtype"
+
+
+def placement(device: str, dtype: str) -> Placement:
+    """Resolve the `auto` values of a job file: the GPU if there is one; bf16 there and fp32 on a CPU.
+
+    Raises:
+        ConfigError: If CUDA is asked for and absent.
+    """
+    import torch
+
+    has_cuda = torch.cuda.is_available()
+    if device == "cuda" and not has_cuda:
+        raise ConfigError("device: expected a CUDA device, found none; use device = 'auto' or 'cpu'")
+    kind = ("cuda" if has_cuda else "cpu") if device == "auto" else device
+    by_name = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    default = torch.bfloat16 if kind == "cuda" else torch.float32
+    return Placement(torch.device(kind), by_name.get(dtype, default))
+
+
+@contextlib.contextmanager
+def loading(setting: str, model: str) -> Iterator[None]:
+    """Turn any failure of `from_pretrained` into one line that names the setting.
+
+    Raises:
+        ConfigError: If the model is missing, incomplete, of another kind, or needs a package that is not installed.
+    """
+    if model.startswith("/") and not Path(model).is_dir():
+        raise ConfigError(f"{setting}: no such folder: {model}; give a folder that from_pretrained loads, or a hub id")
+    try:
+        yield
+    except ImportError as error:
+        raise ConfigError(f"{setting}: loading {model} needs a package: {_first_line(error)}") from error
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError, TypeError) as error:
+        raise ConfigError(
+            f"{setting}: {model} cannot be loaded: {_first_line(error)}; "
+            "give a folder that from_pretrained loads, or a hub id that is reachable or in the local cache"
+        ) from error
+
+
+def identity(model: str, revision: str | None, subfolder: str | None) -> str:
+    """Return a string that changes when the weights do; part of every digest.
+
+    For a folder: a digest of names, sizes and the first, middle and last MiB of its files, so that retrained weights
+    of the same shape differ while 40 GB need not be read. For a hub id: the id and the revision asked for.
+    """
+    if not model.startswith("/"):
+        return f"{model}@{revision or 'main'}/{subfolder or ''}"
+    root = Path(model) / (subfolder or "")
+    sha256 = hashlib.sha256()
+    for path in sorted(p for p in root.rglob("*") if p.is_file()):
+        size_bytes = path.stat().st_size
+        sha256.update(f"{path.relative_to(root)} {size_bytes}\n".encode())
+        with path.open("rb") as file:
+            for start in sorted({0, size_bytes // 2, max(0, size_bytes - _SAMPLED_BYTES)}):
+                file.seek(start)
+                sha256.update(file.read(_SAMPLED_BYTES))
+    return f"folder:{sha256.hexdigest()}"
+
+
+def resolved_revision(config: Any, model: str, revision: str | None, subfolder: str | None) -> str:
+    """Return the commit a hub model was loaded from, or the identity of a folder; goes into manifests.
+
+    `config` is the loaded model's configuration, which knows the commit where the hub told it.
+    """
+    commit = config.get("_commit_hash") if isinstance(config, dict) else getattr(config, "_commit_hash", None)
+    return str(commit) if commit else identity(model, revision, subfolder)
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Return the installed versions of packages, for provenance."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for package in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    return json.dumps(text)[1:-1][:300].replace('\\"', '"').rstrip(".")
