@@ -1,8 +1,8 @@
 """`pixart caption`: source shards to a Parquet table of captions, one part for each shard."""
 
+import zlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,37 +12,14 @@ import pyarrow.parquet as pq
 
 from pipelines.config import Caption
 from pipelines.driver import Account, Plan, Run, execute, make_plan
+from pipelines.pictures import Picture, read_pictures
 from pipelines.pool import Report
-from pipelines.prefetch import ahead
 from pixart_data.commits import Record, publish, staging_path
 from pixart_data.models import identity
 from pixart_data.records import CAPTIONS, SCHEMA_VERSION, Reason
-from pixart_data.sources import Sample, Unit, find_units, read_samples
+from pixart_data.sources import Unit, find_units
 
 STAGE = "caption"
-
-
-@dataclass
-class Picture:
-    """A sample and its pixels, or the reason why it has none."""
-
-    sample: Sample
-    decoded: Any = None
-    error: Reason | None = None
-    detail: str = ""
-
-
-def decode_sample(sample: Sample, max_pixels: int, min_side_px: int | None) -> Picture:
-    """Decode a sample's image; a bad image becomes a reason, never an exception."""
-    from pixart_data.images import ImageRejected, decode
-
-    if sample.error is not None or sample.data is None:
-        return Picture(sample, None, sample.error or Reason.NO_IMAGE, sample.detail)
-    try:
-        decoded = decode(sample.data, max_pixels=max_pixels, min_side_px=min_side_px)
-    except ImageRejected as rejected:
-        return Picture(sample, None, rejected.reason, rejected.detail)
-    return Picture(sample, decoded)
 
 
 class CaptionStage:
@@ -57,14 +34,10 @@ class CaptionStage:
     def __call__(self, unit: Unit, report: Report) -> Record:
         """Write the unit's part of the table and return its record."""
         root = Path(self.job.output)
-        decode = partial(
-            decode_sample,
-            max_pixels=self.job.source.max_image_pixels,
-            min_side_px=self.job.captioner.min_side_px,
-        )
-        self.captioner.seed(int.from_bytes(f"{self.job.captioner.seed}/{unit.id}".encode()[-7:]))
+        pictures = read_pictures(unit, self.job.source, self.job.captioner.min_side_px)
+        self.captioner.seed(zlib.crc32(f"{self.job.captioner.seed}/{unit.id}".encode()))
         rows: list[dict[str, Any]] = []
-        for row in self._rows(ahead(decode, read_samples(unit, self.job.source))):
+        for row in self._rows(pictures):
             rows.append(row)
             report(len(rows), sum(r["error"] is not None for r in rows))
         staged = staging_path(root, f"{unit.id}.parquet")
@@ -90,7 +63,7 @@ class CaptionStage:
         good = [picture for picture in held if picture.error is None]
         answers: Iterator[Any] = iter(())
         if good:
-            images = [picture.decoded.image for picture in good]
+            images = [picture.decoded.image for picture in good if picture.decoded]
             batch = {"image": images, "raw_caption": [picture.sample.caption for picture in good]}
             answers = iter(self.captioner(batch)["answer"])
         for picture in held:

@@ -120,7 +120,7 @@ def execute(run: Run, job: Section, finish: Callable[[list[Record]], None] | Non
     with output_lock(run.root):
         plan = make_plan(run)
         for line in plan.lines(run):
-            log.warning("%s", line)
+            log.info("%s", line)
         write_atomic(run.root / "job.toml", resolved_toml(job).encode())
         sweep(run.root, run.swept(), run.suffixes)
         failed = _work(run, plan) if plan.todo else {}
@@ -154,7 +154,7 @@ def _work(run: Run, plan: Plan) -> dict[str, str]:
                 progress.unit_done(record.rows_in, sum(record.rejected.values()))
         finally:
             progress.close()
-    log.info("%s: %d shards in %.1f s", run.stage, len(plan.todo), time.monotonic() - started_s)
+    log.debug("%s: %d shards in %.1f s", run.stage, len(plan.todo), time.monotonic() - started_s)
     return pool.failed
 
 

@@ -69,4 +69,4 @@ class Progress:
             sys.stderr.write(f"\r\x1b[K{self.line()}")
             sys.stderr.flush()
         else:
-            log.warning("%s", self.line())
+            log.info("%s", self.line())

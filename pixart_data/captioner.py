@@ -14,7 +14,7 @@ from PIL import Image
 
 from pixart_data import sections
 from pixart_data.errors import ConfigError
-from pixart_data.models import loading, placement, resolved_revision
+from pixart_data.models import loading, placement, provenance
 
 SETTING = "captioner.model"
 
@@ -54,8 +54,7 @@ class Captioner:
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.facts = {
-            "id": config.model,
-            "revision": resolved_revision(self.model.config, config.model, config.revision, None),
+            **provenance(self.model.config, config.model, config.revision, None),
             "dtype": str(self.placement.dtype).removeprefix("torch."),
         }
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from pixart_data import sections
 from pixart_data.errors import ConfigError
-from pixart_data.models import loading, placement, resolved_revision
+from pixart_data.models import loading, placement, provenance
 from pixart_data.texts import clean
 
 DOWNSAMPLING = 8
@@ -42,9 +42,7 @@ class ImageEncoder:
         if factor != DOWNSAMPLING:
             raise ConfigError(f"image.model: expected a VAE that downsamples by 8, {config.model} does by {factor}")
         self.facts = {
-            "id": config.model,
-            "subfolder": config.subfolder,
-            "revision": resolved_revision(self.vae.config, config.model, config.revision, config.subfolder),
+            **provenance(self.vae.config, config.model, config.revision, config.subfolder),
             "dtype": str(self.placement.dtype).removeprefix("torch."),
             "scaling_factor": float(self.vae.config.scaling_factor),
             "shift_factor": float(self.vae.config.shift_factor or 0.0),
@@ -95,10 +93,8 @@ class TextEncoder:
             )
         self.model.to(self.placement.device).eval()
         self.facts = {
-            "id": config.model,
-            "subfolder": config.subfolder,
+            **provenance(self.model.config, config.model, config.revision, config.subfolder),
             "tokenizer_subfolder": config.tokenizer_subfolder,
-            "revision": resolved_revision(self.model.config, config.model, config.revision, config.subfolder),
             "dtype": str(self.placement.dtype).removeprefix("torch."),
             "width": int(self.model.config.d_model),
         }

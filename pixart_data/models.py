@@ -81,13 +81,18 @@ def identity(model: str, revision: str | None, subfolder: str | None) -> str:
     return f"folder:{sha256.hexdigest()}"
 
 
-def resolved_revision(config: Any, model: str, revision: str | None, subfolder: str | None) -> str:
-    """Return the commit a hub model was loaded from, or the identity of a folder; goes into manifests.
+def provenance(config: Any, model: str, revision: str | None, subfolder: str | None) -> dict[str, Any]:
+    """Return where a loaded model came from, for manifests: what loads it again, and what tells it from others.
 
-    `config` is the loaded model's configuration, which knows the commit where the hub told it.
+    `config` is the loaded model's configuration, which knows the hub's commit where there is one.
     """
     commit = config.get("_commit_hash") if isinstance(config, dict) else getattr(config, "_commit_hash", None)
-    return str(commit) if commit else identity(model, revision, subfolder)
+    return {
+        "id": model,
+        "subfolder": subfolder,
+        "revision": commit or revision,
+        "identity": identity(model, commit or revision, subfolder),
+    }
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -17,7 +17,7 @@ import json
 import os
 import tarfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -90,6 +90,14 @@ def member_prefix(key: str, tensor: str, dtype: str, shape: Sequence[int]) -> by
     info.size = 8 + len(header) + size_bytes
     info.mode = 0o444
     return info.tobuf(tarfile.GNU_FORMAT) + len(header).to_bytes(8, "little") + header
+
+
+def tensor_shape(row: Mapping[str, Any], manifest: Manifest) -> tuple[int, ...]:
+    """Return the shape of the tensor that an index row addresses; the index stores no shapes, they follow from it."""
+    if manifest.kind == "image":
+        cells = (row["height_px"] // manifest.model["downsampling"], row["width_px"] // manifest.model["downsampling"])
+        return (2, manifest.model["channels"], *cells)
+    return (row["num_tokens"], manifest.model["width"])
 
 
 class ShardWriter:

@@ -1,0 +1,193 @@
+"""The `pixart` command: one word for each stage, a job file, and the same three options everywhere.
+
+Nothing heavy is imported here: a command's module is imported when the command is chosen, so that `pixart --help` and
+a mistyped job file answer at once.
+"""
+
+import argparse
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pixart_data.config import Section, load
+from pixart_data.errors import ConfigError, PixArtError
+
+PACKAGES = ("jobs", "pipelines", "pixart_data", "pixart_model")
+JOB_FILES = Path(__file__).parent / "files"
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: its help, the class of its job file, the function that does it, and the extra it needs.
+
+    `config` and `function` are `module:name`, imported when the command is chosen.
+    """
+
+    help: str
+    config: str
+    function: str
+    extra: str = "data"
+
+
+COMMANDS = {
+    "caption": Command("describe images with an image-text model", "pipelines.config:Caption", "jobs.stages:caption"),
+    "stats": Command("measure the noun density of captions", "pipelines.config:Stats", "jobs.stages:stats"),
+    "extract": Command("turn images and captions into features", "pipelines.config:Extract", "jobs.stages:extract"),
+    "train": Command("train the transformer on features", "pixart_model.config:Train", "jobs.train:train", "train"),
+    "sample": Command("draw prompts with a checkpoint", "pixart_model.config:Sample", "jobs.sample:sample", "sample"),
+    "inspect": Command("show what a dataset, table or checkpoint holds", "jobs.config:Inspect", "jobs.inspect:inspect"),
+    "verify": Command("re-read every byte and name what is damaged", "jobs.config:Verify", "jobs.verify:verify"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 2 settings, 3 data, 4 machine; 1, with a traceback, a bug."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    outer = None
+    if words[:1] == ["submit"] and words[1:2] not in ([], ["-h"], ["--help"]):
+        # `submit` takes its own options from anywhere on the line; what is left is the command to submit.
+        outer, words = submit_parser().parse_known_args(words[1:])
+    args = parser().parse_args(words)
+    name = "submit" if outer else args.command
+    try:
+        if args.command == "submit":
+            raise ConfigError("expected one command to submit, e.g. pixart submit caption job.toml")
+        _talk(args.verbose)
+        job = read_job(args)
+        if outer:
+            return int(resolve("jobs.submit:submit", "data")(args.command, job, outer))
+        resolve(COMMANDS[name].function, COMMANDS[name].extra)(job, dry_run=args.dry_run)
+    except PixArtError as error:
+        for line in str(error).splitlines():
+            print(f"pixart {name}: {line}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"pixart {name}: stopped; run the same command again to go on where it was", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    top = argparse.ArgumentParser(
+        prog="pixart",
+        description="From piles of images to a trained PixArt text-to-image transformer.",
+        epilog=f"Job files to start from: {JOB_FILES}",
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        sub = commands.add_parser(name, help=command.help, description=command.help, allow_abbrev=False)
+        _ARGUMENTS.get(name, _job_arguments)(sub)
+        sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. cluster.num_workers=2")
+        sub.add_argument("--dry-run", action="store_true", help="validate, count the work, print the plan, and stop")
+        sub.add_argument("-v", "--verbose", action="store_true", help="say more")
+    commands.add_parser("submit", parents=[submit_parser()], help="run any of these on a Ray cluster", add_help=False)
+    return top
+
+
+def submit_parser() -> argparse.ArgumentParser:
+    """Return the parser of what `submit` itself takes."""
+    sub = argparse.ArgumentParser(
+        prog="pixart submit",
+        usage="pixart submit COMMAND [job.toml ...] [--address URL] [--gpus N] [--dry-run]",
+        description="Run the same command line on a Ray cluster, follow its log, and exit as it does.",
+        allow_abbrev=False,
+    )
+    sub.add_argument("--address", help="the cluster's dashboard; default: RAY_API_SERVER_ADDRESS or 127.0.0.1:8265")
+    sub.add_argument("--gpus", type=float, default=0.0, help="GPUs for the command itself: train and sample")
+    sub.add_argument("--dry-run", action="store_true", help="validate, show what would be submitted, and stop")
+    return sub
+
+
+def read_job(args: argparse.Namespace) -> Section:
+    """Build a command's job from its file, what was typed by hand, and `--set`."""
+    cls: type[Section] = resolve(COMMANDS[args.command].config, COMMANDS[args.command].extra)
+    path, given = _GIVEN.get(args.command, _job_given)(args)
+    return load(cls, path, args.set, given)
+
+
+def resolve(name: str, extra: str) -> Any:
+    """Import `module:attribute`.
+
+    Raises:
+        ConfigError: If a package that the command needs is not installed, naming the extra to install.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] in PACKAGES:
+            raise
+        raise ConfigError(f"package {error.name} is not installed; pip install 'pixart-toolkit[{extra}]'") from error
+
+
+Given = tuple[Path | None, dict[str, Any]]
+
+
+def _job_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("job", nargs="?", type=Path, help="job file (TOML)")
+
+
+def _job_given(args: argparse.Namespace) -> Given:
+    return args.job, {}
+
+
+def _stats_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("paths", nargs="*", help="a job file, or caption tables: PATH or NAME=PATH")
+    sub.add_argument("--column", default="caption", help="the column of tables given by hand (default: caption)")
+    sub.add_argument("--out", help="folder for the report of tables given by hand (default: report)")
+
+
+def _stats_given(args: argparse.Namespace) -> Given:
+    if len(args.paths) == 1 and args.paths[0].endswith(".toml"):
+        return Path(args.paths[0]), {"output": args.out} if args.out else {}
+    sets = []
+    for text in args.paths:
+        name, sign, path = text.rpartition("=")
+        sets.append({"name": name if sign else Path(text).stem, "path": path, "column": args.column})
+    return None, {"sets": sets, "output": args.out or "report"}
+
+
+def _path_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("path", help="a job file, or what to look at")
+
+
+def _path_given(args: argparse.Namespace) -> Given:
+    return (Path(args.path), {}) if args.path.endswith(".toml") else (None, {"path": args.path})
+
+
+def _sample_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("checkpoint", help="a job file, a checkpoint, or a run for its last checkpoint")
+    sub.add_argument("--prompt", action="append", default=[], help="what to draw; may be repeated")
+    sub.add_argument("--out", help="folder for the images (default: samples)")
+
+
+def _sample_given(args: argparse.Namespace) -> Given:
+    prompts = {"prompts": args.prompt} if args.prompt else {}
+    output = {"output": args.out} if args.out else {}
+    if args.checkpoint.endswith(".toml"):
+        return Path(args.checkpoint), {**prompts, **output}
+    return None, {"checkpoint": args.checkpoint, "output": "samples", **prompts, **output}
+
+
+_ARGUMENTS = {
+    "stats": _stats_arguments,
+    "inspect": _path_arguments,
+    "verify": _path_arguments,
+    "sample": _sample_arguments,
+}
+_GIVEN = {"stats": _stats_given, "inspect": _path_given, "verify": _path_given, "sample": _sample_given}
+
+
+def _talk(verbose: bool) -> None:
+    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
+    for package in PACKAGES:
+        logging.getLogger(package).setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

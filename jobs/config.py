@@ -1,0 +1,19 @@
+"""The job files of the commands that only look: `inspect` and `verify`."""
+
+from pydantic import Field
+
+from pixart_data.config import LocalPath, Section
+
+
+class Inspect(Section):
+    """`pixart inspect`: what a dataset, a table of captions, a checkpoint or a shard holds."""
+
+    path: LocalPath
+    num_samples: int = Field(default=3, ge=0)
+    """How many samples to show of each part."""
+
+
+class Verify(Section):
+    """`pixart verify`: re-read every byte of a dataset or a table of captions."""
+
+    path: LocalPath

@@ -1,0 +1,86 @@
+"""`pixart submit`: the same command on a running Ray cluster, through Ray's job API.
+
+The job is validated here, its relative paths are made absolute, and only the resolved job file travels: the cluster has
+the toolkit installed and sees the same storage.
+"""
+
+import argparse
+import asyncio
+import logging
+import os
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from pixart_data.config import Section, resolved_toml
+from pixart_data.errors import JobError
+
+log = logging.getLogger(__name__)
+
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+_GRACE_S = 30
+_JOB_FILE = "job.toml"
+
+
+def submit(command: str, job: Section, options: argparse.Namespace) -> int:
+    """Submit a command, follow its log to the end, and return its exit code.
+
+    Raises:
+        JobError: If the cluster does not answer or loses the job.
+    """
+    address = options.address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
+    # The interpreter by its path: a cluster's dashboard need not have the environment's bin folder on its PATH.
+    entrypoint = f"exec {shlex.quote(sys.executable)} -m jobs.cli {command} {_JOB_FILE}"
+    if options.dry_run:
+        print(f"submit: to {address}: {entrypoint}\n\n{_JOB_FILE}:\n{resolved_toml(job)}", end="")
+        return 0
+    client = _connect(address)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / _JOB_FILE).write_text(resolved_toml(job))
+        environment = {"PYTHONUNBUFFERED": "1", "RAY_JOB_STOP_WAIT_TIME_S": str(_GRACE_S)}
+        try:
+            name = client.submit_job(
+                entrypoint=entrypoint,
+                runtime_env={"working_dir": folder, "env_vars": environment},
+                metadata={"pixart": command},
+                entrypoint_num_gpus=options.gpus or None,
+            )
+        except RuntimeError as error:
+            raise JobError(f"{address}: the cluster refused the job: {error}") from error
+    log.info("submitted %s as %s; stop it with: ray job stop %s --address %s", command, name, name, address)
+    return _follow(client, name, address)
+
+
+def _connect(address: str) -> Any:
+    from ray.job_submission import JobSubmissionClient
+
+    # Ray writes a token for clusters it starts but its HTTP client does not send one unless told to.
+    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
+    if token.is_file() or os.environ.get("RAY_AUTH_TOKEN"):
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    try:
+        return JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise JobError(f"{address}: no Ray dashboard answers: {error}; start one with `ray start --head`") from error
+
+
+def _follow(client: Any, name: str, address: str) -> int:
+    async def tail() -> None:
+        async for text in client.tail_job_logs(name):
+            print(text, end="", flush=True)
+
+    try:
+        asyncio.run(tail())
+        info = client.get_job_info(name)
+    except KeyboardInterrupt:
+        print(f"\nno longer following; {name} goes on. Stop it: ray job stop {name} --address {address}", file=sys.stderr)
+        return 130
+    except (RuntimeError, ConnectionError) as error:
+        raise JobError(f"{address}: lost sight of {name}: {error}; see ray job logs {name}") from error
+    if info.driver_exit_code is not None:
+        return int(info.driver_exit_code)
+    if str(info.status) == "SUCCEEDED":
+        return 0
+    raise JobError(f"{name}: {info.status}: {info.message}")

@@ -1,0 +1,162 @@
+"""`pixart extract`: images to VAE posteriors and captions to T5 features, as two feature sets joined by key.
+
+The sets are separate runs with records of their own, so that another resolution or other captions cost only themselves.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from pipelines.config import Extract
+from pipelines.driver import Account, Plan, Run, execute, make_plan
+from pipelines.features import TEXT_SHARDS, ImageStage, NullCaption, TextStage
+from pipelines.pool import Work
+from pixart_data.buckets import bucket_table
+from pixart_data.captions import caption_files
+from pixart_data.commits import Record
+from pixart_data.errors import ConfigError
+from pixart_data.images import RESIZE_FILTER
+from pixart_data.models import identity, versions
+from pixart_data.records import IMAGE_INDEX, SCHEMA_VERSION, TEXT_INDEX
+from pixart_data.sections import ImageFeatures, Source, TextFeatures
+from pixart_data.shards import INDEX_PARTS, Manifest, seal
+from pixart_data.sources import find_units
+
+log = logging.getLogger(__name__)
+
+STAGE = "extract"
+_PACKAGES = ("pixart-toolkit", "torch", "transformers", "diffusers", "pillow", "numpy", "pyarrow")
+_SUFFIXES = (".tar", ".parquet")
+
+Finish = Callable[[list[Record]], None]
+
+
+def plan(job: Extract) -> list[tuple[Run, Plan]]:
+    """Return what the job would do, a run for each set."""
+    return [(run, make_plan(run)) for run, _ in _runs(job)]
+
+
+def run(job: Extract) -> list[tuple[Run, Account]]:
+    """Do the job, images first."""
+    return [(run, execute(run, job, finish)) for run, finish in _runs(job)]
+
+
+def _runs(job: Extract) -> Iterator[tuple[Run, Finish]]:
+    if job.image is not None and job.source is not None:
+        yield _image_run(job, job.source, job.image)
+    if job.text is not None:
+        yield _text_run(job, job.text)
+
+
+def _image_run(job: Extract, source: Source, config: ImageFeatures) -> tuple[Run, Finish]:
+    root = Path(job.output) / config.set_name
+    buckets = bucket_table(config.resolution_px)
+    decided = {
+        "schema": SCHEMA_VERSION,
+        "image": {
+            "model": identity(config.model, config.revision, config.subfolder),
+            "resolution_px": config.resolution_px,
+            "dtype": config.dtype,
+        },
+        "source": source.model_dump(include={"layout", "path_column", "max_image_pixels"}),
+    }
+    run = Run(
+        stage=f"{STAGE} {config.set_name}",
+        root=root,
+        units=find_units(source),
+        settings=lambda unit: {**decided, "shard": unit.fingerprint},
+        build=partial(ImageStage, root, source, config),
+        cluster=job.cluster,
+        swept=lambda: [root / INDEX_PARTS, *(root / bucket.ratio for bucket in buckets)],
+        suffixes=_SUFFIXES,
+    )
+    return run, partial(_seal_images, root, config)
+
+
+def _text_run(job: Extract, config: TextFeatures) -> tuple[Run, Finish]:
+    root = Path(job.output) / config.set
+    decided: dict[str, Any] = {
+        "schema": SCHEMA_VERSION,
+        "text": {
+            "model": identity(config.model, config.revision, config.subfolder),
+            "max_tokens": config.max_tokens,
+            "cleaning": config.cleaning,
+            "dtype": config.dtype,
+        },
+    }
+    units: list[Work] = [NullCaption()]
+    if job.captions is not None:
+        units += caption_files(Path(job.captions.path), "captions.path")
+        decided["captions"] = {"column": job.captions.column}
+    elif job.source is not None:
+        units += find_units(job.source)
+        decided["source"] = job.source.model_dump(include={"layout", "path_column", "caption_column"})
+    else:
+        raise ConfigError("captions: required for [text] without [source], and missing; add [captions] with path = ...")
+    column = job.captions.column if job.captions else ""
+    run = Run(
+        stage=f"{STAGE} {config.set}",
+        root=root,
+        units=units,
+        settings=lambda unit: {**decided, "shard": unit.fingerprint},
+        build=partial(TextStage, root, job.source, column, config),
+        cluster=job.cluster,
+        swept=lambda: [root / INDEX_PARTS, root / TEXT_SHARDS],
+        suffixes=_SUFFIXES,
+    )
+    return run, partial(_seal_texts, root, config)
+
+
+def _seal_images(root: Path, config: ImageFeatures, records: list[Record]) -> None:
+    policy = {
+        "resolution_px": config.resolution_px,
+        "bucket": "nearest in log(height / width)",
+        "resize": "cover, then centre crop",
+        "filter": RESIZE_FILTER,
+        "colour": "EXIF rotation, ICC to sRGB, alpha over white, 8-bit RGB",
+    }
+    shards = _shards(records)
+    num_shards = Counter(Path(shard["path"]).parent.name for shard in shards)
+    num_rows = Counter(_buckets(root, records))
+    table = [
+        {**asdict(bucket), "rows": num_rows[bucket.ratio], "shards": num_shards[bucket.ratio]}
+        for bucket in bucket_table(config.resolution_px)
+    ]
+    manifest = Manifest("image", "moments", "F16", _model(root, records), policy, _counts(records), shards, table)
+    seal(root, records, IMAGE_INDEX, replace(manifest, provenance=versions(*_PACKAGES)))
+
+
+def _seal_texts(root: Path, config: TextFeatures, records: list[Record]) -> None:
+    policy = {"cleaning": config.cleaning, "max_tokens": config.max_tokens, "padding": "none stored"}
+    manifest = Manifest("text", "t5", "BF16", _model(root, records), policy, _counts(records), _shards(records))
+    seal(root, records, TEXT_INDEX, replace(manifest, provenance=versions(*_PACKAGES)))
+
+
+def _buckets(root: Path, records: list[Record]) -> Iterator[str]:
+    parts = (file.path for record in records for file in record.files if file.path.startswith(f"{INDEX_PARTS}/"))
+    for part in parts:
+        yield from filter(None, pq.read_table(root / part, columns=["bucket"])["bucket"].to_pylist())
+
+
+def _model(root: Path, records: list[Record]) -> dict[str, Any]:
+    """Join what the units say of the model; they can disagree when a branch on the hub moved under a long run."""
+    model: dict[str, Any] = {}
+    for record in records:
+        for name, value in record.facts.items():
+            if model.setdefault(name, value) != value:
+                log.warning("%s: %s differs between shards, %s and %s: pin a revision", root, name, model[name], value)
+    return model
+
+
+def _counts(records: list[Record]) -> dict[str, Any]:
+    return asdict(Account.of(records))
+
+
+def _shards(records: list[Record]) -> list[dict[str, Any]]:
+    return [asdict(file) for record in records for file in record.files if file.path.endswith(".tar")]

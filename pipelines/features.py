@@ -1,0 +1,202 @@
+"""The stages of `extract`: images to VAE posteriors and captions to T5 features, one unit after another."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.pictures import read_pictures
+from pipelines.pool import Report
+from pixart_data.buckets import Bucket, bucket_table, nearest_bucket, place
+from pixart_data.captions import CaptionFile, CaptionRow, read_captions
+from pixart_data.commits import PublishedFile, Record, publish, staging_path
+from pixart_data.records import IMAGE_INDEX, TEXT_INDEX, Reason
+from pixart_data.sections import ImageFeatures, Source, TextFeatures
+from pixart_data.shards import INDEX_PARTS, ShardWriter
+from pixart_data.sources import Unit, read_samples
+
+if TYPE_CHECKING:
+    from pixart_data.images import Decoded
+
+NULL_UNIT = "null-caption"
+TEXT_SHARDS = "shards"
+_TEXT_ROWS_PER_READ = 1024
+
+
+class FeatureWriter:
+    """The open shards of one unit, one for each folder, and the rows of its index part."""
+
+    def __init__(self, root: Path, unit: str, tensor: str, dtype: str) -> None:
+        self.root, self.unit, self.tensor, self.dtype = root, unit, tensor, dtype
+        self.rows: list[dict[str, Any]] = []
+        self._writers: dict[str, ShardWriter] = {}
+
+    def add(self, folder: str, values: Any, row: dict[str, Any]) -> None:
+        """Write a tensor to the unit's shard in `folder` and its row to the index; row["shard"] is set at the end."""
+        writer = self._writers.get(folder)
+        if writer is None:
+            staged = staging_path(self.root / folder, f"{self.unit}.tar")
+            writer = self._writers[folder] = ShardWriter(staged, self.tensor, self.dtype)
+        self.rows.append({**row, "shard": folder, **asdict(writer.add(row["key"], values))})
+
+    def reject(self, key: str, error: Reason, detail: str) -> None:
+        """Write a rejected row to the index."""
+        self.rows.append({"key": key, "error": str(error), "detail": detail or None})
+
+    def finish(self, schema: pa.Schema | None) -> list[PublishedFile]:
+        """Publish the shards, then the index part (none without a schema), and return them all."""
+        files = []
+        for folder, writer in self._writers.items():
+            writer.close()
+            files.append(publish(writer.path, self.root, writer.path.parent, self.unit, ".tar"))
+            for row in self.rows:
+                if row.get("shard") == folder:
+                    row["shard"] = files[-1].path
+        if schema is not None:
+            staged = staging_path(self.root / INDEX_PARTS, f"{self.unit}.parquet")
+            pq.write_table(pa.Table.from_pylist(self.rows, schema=schema), staged, compression="zstd")
+            files.append(publish(staged, self.root, self.root / INDEX_PARTS, self.unit, ".parquet"))
+        return files
+
+    def record(self, files: list[PublishedFile], facts: dict[str, Any]) -> Record:
+        """Return the unit's record; the driver fills in what decided it."""
+        rejected = Counter(row["error"] for row in self.rows if row.get("error"))
+        rows_out = len(self.rows) - rejected.total()
+        return Record(self.unit, "", {}, len(self.rows), rows_out, dict(rejected), files, facts=facts)
+
+
+@dataclass
+class _Canvas:
+    """Pictures of one bucket that wait for a full batch."""
+
+    bucket: Bucket
+    pixels: list[Any] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+
+class ImageStage:
+    """VAE posteriors of one unit after another."""
+
+    def __init__(self, root: Path, source: Source, config: ImageFeatures) -> None:
+        from pixart_data.encoders import ImageEncoder
+
+        self.root, self.source, self.config = root, source, config
+        self.buckets = bucket_table(config.resolution_px)
+        self.encoder = ImageEncoder(config)
+
+    def __call__(self, unit: Unit, report: Report) -> Record:
+        """Write the unit's shards and index part and return its record."""
+        writer = FeatureWriter(self.root, unit.id, "moments", "F16")
+        canvases: dict[str, _Canvas] = {}
+        num_rejected = 0
+        for count, picture in enumerate(read_pictures(unit, self.source), 1):
+            if picture.decoded is None:
+                writer.reject(picture.sample.key, picture.error or Reason.NO_IMAGE, picture.detail)
+                num_rejected += 1
+            else:
+                canvas = self._place(picture.sample.key, picture.decoded, canvases)
+                if len(canvas.rows) == self.config.batch_size:
+                    self._encode(canvas, writer)
+            report(count, num_rejected)
+        for canvas in canvases.values():
+            self._encode(canvas, writer)
+        return writer.record(writer.finish(IMAGE_INDEX), self.encoder.facts)
+
+    def _place(self, key: str, decoded: "Decoded", canvases: dict[str, _Canvas]) -> _Canvas:
+        from pixart_data.images import fit
+
+        bucket = nearest_bucket(decoded.width_px, decoded.height_px, self.buckets)
+        placement = place(decoded.width_px, decoded.height_px, bucket)
+        canvas = canvases.setdefault(bucket.ratio, _Canvas(bucket))
+        canvas.pixels.append(fit(decoded.image, bucket))
+        canvas.rows.append(
+            {
+                "key": key,
+                "bucket": bucket.ratio,
+                "height_px": bucket.height_px,
+                "width_px": bucket.width_px,
+                "original_width_px": decoded.width_px,
+                "original_height_px": decoded.height_px,
+                **asdict(placement),
+                "image_ops": decoded.ops,
+            }
+        )
+        return canvas
+
+    def _encode(self, canvas: _Canvas, writer: FeatureWriter) -> None:
+        if not canvas.rows:
+            return
+        moments = self.encoder({"pixels": np.stack(canvas.pixels)})["moments"]  # (B, 2, C, h, w)
+        for row, values in zip(canvas.rows, moments, strict=True):
+            if np.isfinite(values).all():
+                writer.add(canvas.bucket.ratio, values, row)
+            else:
+                writer.reject(row["key"], Reason.NONFINITE_FEATURES, "the VAE gave values that fp16 cannot hold")
+        canvas.pixels.clear()
+        canvas.rows.clear()
+
+
+@dataclass(frozen=True)
+class NullCaption:
+    """The unit that encodes the empty string: what caption dropout and guidance use, stored with the dataset."""
+
+    id: str = NULL_UNIT
+    fingerprint: str = ""
+
+
+class TextStage:
+    """T5 features of one unit after another."""
+
+    def __init__(self, root: Path, source: Source | None, column: str, config: TextFeatures) -> None:
+        from pixart_data.encoders import TextEncoder
+
+        self.root, self.source, self.column = root, source, column
+        self.encoder = TextEncoder(config)
+
+    def __call__(self, unit: Unit | CaptionFile | NullCaption, report: Report) -> Record:
+        """Write the unit's shard and index part and return its record."""
+        writer = FeatureWriter(self.root, unit.id, "t5", "BF16")
+        if isinstance(unit, NullCaption):
+            return self._null(writer)
+        held: list[CaptionRow] = []
+        num_rejected = 0
+        for count, row in enumerate(self._captions(unit), 1):
+            if row.error is not None or row.caption is None:
+                writer.reject(row.key, row.error or Reason.NO_CAPTION, row.detail)
+                num_rejected += 1
+            else:
+                held.append(row)
+            if len(held) == _TEXT_ROWS_PER_READ:
+                self._encode(held, writer)
+            report(count, num_rejected)
+        self._encode(held, writer)
+        return writer.record(writer.finish(TEXT_INDEX), self.encoder.facts)
+
+    def _captions(self, unit: Unit | CaptionFile) -> Iterator[CaptionRow]:
+        if isinstance(unit, CaptionFile):
+            yield from read_captions(Path(unit.path), self.column, need_key=True)
+        elif self.source is not None:
+            for sample in read_samples(unit, self.source, with_images=False):
+                missing = (Reason.NO_CAPTION, "the source has no caption for it") if not sample.caption else (None, "")
+                error, detail = (sample.error, sample.detail) if sample.error else missing
+                yield CaptionRow(sample.key, sample.caption, error, detail)
+
+    def _encode(self, held: list[CaptionRow], writer: FeatureWriter) -> None:
+        batch = self.encoder({"caption": [row.caption for row in held]}) if held else {"caption": [], "t5": []}
+        for i, row in enumerate(held):
+            fields = {"key": row.key, "caption": batch["caption"][i], "truncated": batch["truncated"][i]}
+            writer.add(TEXT_SHARDS, batch["t5"][i], {**fields, "num_tokens": len(batch["t5"][i])})
+        held.clear()
+
+    def _null(self, writer: FeatureWriter) -> Record:
+        values = self.encoder({"caption": [""]})["t5"][0]
+        writer.add(TEXT_SHARDS, values, {"key": NULL_UNIT, "num_tokens": len(values)})
+        [file] = writer.finish(schema=None)
+        place = {name: writer.rows[0][name] for name in ("offset", "size_bytes", "crc32", "num_tokens")}
+        facts = {**self.encoder.facts, "null": {"path": file.path, **place}}
+        return Record(writer.unit, "", {}, 0, 0, {}, [file], facts=facts)

@@ -1,0 +1,202 @@
+"""Where images come from: job settings turned into units of work, and units into samples.
+
+Sources are read in place. `find_units` names and cuts them, deterministically and without reading their images;
+`read_samples` yields every sample of a unit exactly once, bad ones as rejected samples.
+"""
+
+import glob
+import os
+from collections.abc import Iterable, Iterator
+from typing import Literal, NamedTuple
+
+from pixart_data.errors import ConfigError, DataError
+from pixart_data.folders import find_folder, read_folder
+from pixart_data.lists import find_list, read_list
+from pixart_data.sections import Source
+from pixart_data.tars import count_tar_rows, read_tar
+from pixart_data.units import Sample, Unit, encode_name, fingerprint, split_extension
+
+__all__ = ["Sample", "Unit", "count_rows", "find_units", "read_samples"]
+
+_Kind = Literal["tar", "folder", "list"]
+_LISTS = (".jsonl", ".parquet", ".json")
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
+_SIDECARS = (".parquet", "_stats.json")  # what img2dataset leaves beside x.tar
+_LAYOUT_KINDS: dict[str, tuple[_Kind, str]] = {
+    "sa1b": ("tar", "tars"),
+    "img2dataset": ("tar", "tars"),
+    "folder": ("folder", "folders of images"),
+    "list": ("list", ".jsonl, .json or .parquet lists"),
+}
+
+
+class _Shard(NamedTuple):
+    path: str
+    kind: _Kind
+
+
+def find_units(source: Source) -> list[Unit]:
+    """Return the units of work behind `source.paths`, in a fixed order.
+
+    Tars are named by size and a few bytes, folders are listed, lists are read once.
+
+    Raises:
+        ConfigError: If a pattern matches nothing, a path is of no known kind or of another than `source.layout` says,
+            two sources have the same name, or a folder or list is empty.
+        DataError: If a source cannot be read.
+    """
+    shards = dict.fromkeys(shard for pattern in source.paths for shard in _shards(pattern, source))
+    _check_nesting([shard.path for shard in shards if shard.kind == "folder"])
+    names = {shard: _name(shard, source.root) for shard in shards}
+    _check_distinct(((name, shard.path) for shard, name in names.items()), source.root)
+    units = [unit for shard, name in names.items() for unit in _units(shard, name, source)]
+    _check_distinct(((unit.id, unit.path) for unit in units), source.root)
+    return units
+
+
+def read_samples(unit: Unit, source: Source, *, with_images: bool = True) -> Iterator[Sample]:
+    """Yield every sample of a unit exactly once, in a fixed order, reading one image at a time.
+
+    Args:
+        with_images: False gives keys and captions only; image files are then not opened, so that what is wrong
+            with them goes unnoticed.
+
+    Raises:
+        DataError: If a list changed since `find_units`.
+        JobError: If the storage of a tar fails.
+    """
+    if unit.kind == "tar":
+        return read_tar(unit, source, with_images)
+    if unit.kind == "folder":
+        return read_folder(unit, with_images)
+    return read_list(unit, source, with_images)
+
+
+def count_rows(unit: Unit) -> int:
+    """Return how many samples a unit holds, rejected ones included; for a tar that takes one seek per member."""
+    return count_tar_rows(unit) if unit.kind == "tar" else unit.num_rows
+
+
+# Paths
+
+
+def _shards(pattern: str, source: Source) -> Iterator[_Shard]:
+    for path in _expand(pattern):
+        for shard in _in_folder(path, source.layout) if os.path.isdir(path) else (_of_file(path, source.layout),):
+            _check_layout(shard, source.layout)
+            yield shard
+
+
+def _expand(pattern: str) -> list[str]:
+    if "://" in pattern:
+        raise ConfigError(f"source.paths: expected a local path, got {pattern}; mount or download it first")
+    if os.path.exists(pattern):
+        return [pattern]
+    matches = sorted({os.path.normpath(path) for path in glob.glob(pattern, recursive=True)})
+    if not matches:
+        raise ConfigError(f"source.paths: nothing matches {pattern}; check the path, and that the disk is mounted")
+    return matches
+
+
+def _in_folder(path: str, layout: str) -> list[_Shard]:
+    """Take the tars directly in a folder, or else the folder itself as images."""
+    if layout == "folder":
+        return [_Shard(path, "folder")]
+    try:
+        names = sorted(name for name in os.listdir(path) if not name.startswith("."))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be listed: {error.strerror}; check its permissions") from error
+    for name in names:
+        if name.lower().endswith(_COMPRESSED) and f"{_uncompressed(name)}.tar" not in names:
+            _refuse_compressed(os.path.join(path, name))
+    tars = [os.path.join(path, name) for name in names if name.lower().endswith(".tar")]
+    return [_Shard(tar, "tar") for tar in tars if os.path.isfile(tar)] or [_Shard(path, "folder")]
+
+
+def _of_file(path: str, layout: str) -> _Shard:
+    lower = path.lower()
+    if lower.endswith(_COMPRESSED):
+        _refuse_compressed(path)
+    tar = path if lower.endswith(".tar") else _tar_beside(path)
+    if os.path.isfile(tar) and (tar == path or layout != "list"):
+        return _Shard(tar, "tar")
+    if lower.endswith(_LISTS) and os.path.isfile(path):
+        return _Shard(path, "list")
+    raise ConfigError(
+        f"source.paths: expected a .tar, a folder of images, or a .jsonl, .json or .parquet list, got {path}; "
+        "name the folder or the list that holds the images, or narrow the pattern"
+    )
+
+
+def _tar_beside(path: str) -> str:
+    for suffix in _SIDECARS:
+        tar = path.removesuffix(suffix) + ".tar"
+        if path.endswith(suffix) and os.path.isfile(tar):
+            return tar
+    return ""
+
+
+def _uncompressed(name: str) -> str:
+    suffix = next(suffix for suffix in _COMPRESSED if name.lower().endswith(suffix))
+    return name[: -len(suffix)]
+
+
+def _refuse_compressed(path: str) -> None:
+    tool = {"gz": "gunzip", "bz2": "bunzip2", "xz": "unxz", "zst": "unzstd"}
+    command = next(command for end, command in tool.items() if path.lower().endswith(end))
+    raise ConfigError(
+        f"source.paths: expected an uncompressed tar, got {path}; run `{command} {path}`: images are read by "
+        "their offset, and compressing them again saves nothing"
+    )
+
+
+def _check_layout(shard: _Shard, layout: str) -> None:
+    kind, words = _LAYOUT_KINDS.get(layout, (shard.kind, ""))
+    if shard.kind != kind:
+        raise ConfigError(
+            f"source.layout: {layout!r} expects {words}, found {shard.path}, a {shard.kind}; use layout = 'auto'"
+        )
+
+
+def _check_nesting(folders: Iterable[str]) -> None:
+    previous = ""
+    for folder in sorted(folders, key=lambda path: path.split("/")):
+        if previous and folder.startswith(previous.rstrip("/") + "/"):
+            raise ConfigError(
+                f"source.paths: {folder} lies in {previous}, which is searched recursively; name one of them"
+            )
+        previous = folder
+
+
+# Names
+
+
+def _name(shard: _Shard, root: str | None) -> str:
+    path = os.path.basename(shard.path) or "root"
+    if root:
+        path = os.path.relpath(shard.path, root)
+        if path.split("/")[0] == "..":
+            raise ConfigError(f"source.root: expected a folder above all sources, got {root}; {shard.path} is outside")
+        if path == ".":
+            path = os.path.basename(shard.path) or "root"
+    return encode_name(path if shard.kind == "folder" else split_extension(path)[0])
+
+
+def _check_distinct(named: Iterable[tuple[str, str]], root: str | None) -> None:
+    seen: dict[str, str] = {}
+    for name, path in named:
+        other = seen.setdefault(name, path)
+        if other != path:
+            hint = "give one another name" if root else "set source.root to a folder above both"
+            raise ConfigError(f"source.paths: {other} and {path} are both called {name!r}; {hint}")
+
+
+def _units(shard: _Shard, name: str, source: Source) -> list[Unit]:
+    if shard.kind == "folder":
+        return find_folder(shard.path, name, source)
+    if shard.kind == "list":
+        return find_list(shard.path, name, source)
+    sidecar = f"{split_extension(shard.path)[0]}.parquet"
+    sidecar = sidecar if os.path.isfile(sidecar) else ""
+    content = fingerprint(*filter(None, (shard.path, sidecar)))
+    return [Unit(name, "tar", shard.path, 0, -1, 0, content, name, sidecar=sidecar)]

@@ -1,0 +1,150 @@
+"""Units of work and the samples in them: what the readers of tars, folders and lists share."""
+
+import hashlib
+import os
+import re
+import stat
+from dataclasses import dataclass
+from typing import Literal
+
+from pixart_data.errors import DataError
+from pixart_data.records import Reason
+
+IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"})
+MAX_FILE_BYTES = 1 << 30
+"""Compressed images above this are rejected unread."""
+MAX_CAPTION_BYTES = 1 << 20
+"""Of a caption file, this much is read."""
+
+_EDGE_BYTES = 1 << 20
+_MAX_NAME = 160
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One unit of work: a tar, or a slice of a folder or of a list.
+
+    Attributes:
+        id: Safe as the stem of a file name: `[A-Za-z0-9_%-]`.
+        name: The first component of every key; the id without the number of the slice.
+        start: First file of a folder's sorted images, or first row of a list, in this slice.
+        stop: One past the last; 0 and -1 for tars.
+        num_rows: Rows that `read_samples` will yield; 0 for tars, see `count_rows`.
+        fingerprint: Changes when the content does, and when the slice is cut differently.
+        sidecar: For tars: the img2dataset Parquet beside it, or empty.
+        files: For folders: the slice's images relative to `path`.
+        file_before: For folders: the image before the slice, which may share the first one's stem.
+        first_line: For lists: the number, from 1, of the line or row that the slice begins with.
+        byte_range: For JSON and JSONL lists: where the slice lies in the file.
+        repeats: For lists: (index in the slice, n) of rows whose key comes up for the n-th time.
+    """
+
+    id: str
+    kind: Literal["tar", "folder", "list"]
+    path: str
+    start: int
+    stop: int
+    num_rows: int
+    fingerprint: str
+    name: str
+    sidecar: str = ""
+    files: tuple[str, ...] = ()
+    file_before: str = ""
+    first_line: int = 1
+    byte_range: tuple[int, int] = (0, 0)
+    repeats: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image and the words that came with it, or the reason why there is none.
+
+    Attributes:
+        key: Unique within a job; only `[A-Za-z0-9_/%~-]`.
+        data: Compressed image bytes; None on rejected samples and where images were not asked for.
+        caption: As found, without white space around it; None if there is none.
+    """
+
+    key: str
+    data: bytes | None
+    caption: str | None
+    error: Reason | None = None
+    detail: str = ""
+
+
+def rejected(key: str, reason: Reason, detail: str, caption: str | None = None) -> Sample:
+    """Return a rejected sample whose detail is safe to store as UTF-8."""
+    return Sample(key, None, caption, reason, storable(detail))
+
+
+def storable(text: str) -> str:
+    """Replace lone surrogates, which JSON and odd file names can hold and UTF-8 cannot."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def caption_text(data: bytes) -> str:
+    """Read the content of a caption file."""
+    return data.decode("utf-8-sig", "replace").strip()
+
+
+def encode_name(text: str) -> str:
+    """Percent-encode all but `[A-Za-z0-9_-]`; what comes out very long is cut and ends in a digest."""
+    raw = text.encode("utf-8", "surrogatepass")
+    encoded = re.sub(rb"[^A-Za-z0-9_-]", lambda match: b"%%%02X" % match[0][0], raw).decode()
+    if len(encoded) <= _MAX_NAME:
+        return encoded
+    return f"{encoded[: _MAX_NAME - 17]}-{hashlib.sha256(raw).hexdigest()[:16]}"
+
+
+def encode_path(path: str) -> str:
+    """Percent-encode the components of a path; no dot, no empty and no absolute component survives."""
+    return "/".join(encode_name(part) for part in path.split("/") if part not in ("", ".")) or "_"
+
+
+def split_extension(path: str) -> tuple[str, str]:
+    """Split off the extension, without its dot and in the case it has."""
+    stem, extension = os.path.splitext(path)
+    return stem, extension[1:]
+
+
+def is_image(path: str) -> bool:
+    """Tell by the extension; `._x.jpg`, which macOS leaves beside `x.jpg`, is none."""
+    return split_extension(path)[1].lower() in IMAGE_EXTENSIONS and not os.path.basename(path).startswith("._")
+
+
+def fingerprint(*paths: str) -> str:
+    """Return a sha256 over the sizes, first and last MiB of files.
+
+    Raises:
+        DataError: If one cannot be read.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            with open(path, "rb") as file:
+                size_bytes = os.fstat(file.fileno()).st_size
+                digest.update(b"%d;" % size_bytes)
+                digest.update(file.read(_EDGE_BYTES))
+                file.seek(max(0, size_bytes - _EDGE_BYTES))
+                digest.update(file.read(_EDGE_BYTES))
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}; check the path and its permissions") from error
+    return digest.hexdigest()
+
+
+def load_sample(key: str, path: str, caption: str | None, with_images: bool) -> Sample:
+    """Read an image file into a sample; what cannot be read is rejected, whatever the cause."""
+    if not with_images:
+        return Sample(key, None, caption)
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            return rejected(key, Reason.NOT_A_FILE, f"{path}: not a regular file", caption)
+        if status.st_size > MAX_FILE_BYTES:
+            return rejected(key, Reason.TOO_LARGE, f"{path}: {status.st_size} bytes", caption)
+        with open(path, "rb") as file:
+            return Sample(key, file.read(), caption)
+    except OSError as error:
+        return rejected(key, Reason.MISSING_FILE, f"{path}: {error.strerror}", caption)
+    except ValueError as error:  # a NUL or a lone surrogate in the path
+        return rejected(key, Reason.MISSING_FILE, f"{path!r}: {error}", caption)

@@ -1,0 +1,207 @@
+import json
+import logging
+import math
+
+import pytest
+import torch
+
+from pixart_data.errors import ConfigError, JobError
+from pixart_model import checkpoint, train
+from pixart_model.config import Optim
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+@pytest.mark.parametrize("model", [{}, {"micro_conditioning": True}])
+def test_six_steps_are_three_and_three_more_bit_for_bit(make_job, tmp_path, model):
+    whole = train.run(make_job(model=model, run={"output": str(tmp_path / "whole")}))
+    half = train.run(make_job(model=model, run={"output": str(tmp_path / "cut"), "num_steps": 3}))
+    rest = train.run(make_job(model=model, run={"output": str(tmp_path / "cut")}))
+    assert (half.name, rest.name, whole.name) == ("step_00000003", "step_00000006", "step_00000006")
+    a, b = checkpoint.load(whole), checkpoint.load(rest)
+    assert same(a.model, b.model)
+    assert same(a.ema, b.ema)
+    assert same(a.training, b.training)
+    assert not same(a.model, checkpoint.load(half).model)
+    assert not same(a.model, a.ema)
+    lines = {name: (tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "cut")}
+    assert [json.loads(line)["step"] for line in lines["whole"]] == [2, 4, 6]
+    assert [json.loads(line)["step"] for line in lines["cut"]] == [2, 3, 4, 6]
+
+
+def test_resume_across_an_epoch_and_a_kill_mid_way(make_job, tmp_path):
+    num_batches = 8
+    straight = train.run(make_job(run={"output": str(tmp_path / "a"), "num_steps": num_batches + 2}))
+    job = make_job(run={"output": str(tmp_path / "b"), "num_steps": num_batches + 2, "keep_last": 9})
+    train.run(job)
+    (tmp_path / "b" / "step_00000010").rename(tmp_path / "gone")
+    again = train.run(job)
+    assert same(checkpoint.load(straight).model, checkpoint.load(again).model)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps))
+
+
+def test_grad_checkpointing_does_not_move_numbers(make_job, tmp_path):
+    a = train.run(make_job(run={"output": str(tmp_path / "a"), "num_steps": 3}))
+    b = train.run(make_job(run={"output": str(tmp_path / "b"), "num_steps": 3, "grad_checkpointing": True}))
+    assert same(checkpoint.load(a).model, checkpoint.load(b).model)
+
+
+def test_a_finished_run_says_so_and_does_nothing(make_job, caplog):
+    job = make_job()
+    first = train.run(job)
+    before = {path: path.stat().st_mtime_ns for path in first.parent.rglob("*")}
+    with caplog.at_level(logging.INFO):
+        assert train.run(job) == first
+    assert "finished: 6 of 6 steps; nothing to do" in caplog.text
+    assert before == {path: path.stat().st_mtime_ns for path in first.parent.rglob("*")}
+
+
+def test_continuing_is_said_and_the_log_line_reads_well(make_job, caplog):
+    with caplog.at_level(logging.INFO):
+        train.run(make_job(run={"num_steps": 3}))
+        assert "continuing from" not in caplog.text
+        train.run(make_job())
+    assert "continuing from" in caplog.text
+    line = next(r.getMessage() for r in caplog.records if r.getMessage().startswith("step 000006/000006 100.0% | loss "))
+    assert [part.split()[0] for part in line.split(" | ")[1:4]] == ["loss", "grad", "lr"]
+    assert line.endswith("eta 0 s")
+
+
+def test_the_run_directory_holds_the_resolved_job(make_job, tmp_path):
+    from pixart_data.config import load
+    from pixart_model.config import Train
+
+    job = make_job()
+    last = train.run(job)
+    assert load(Train, tmp_path / "run" / "config.toml") == job
+    assert load(Train, last / "config.toml") == job
+
+
+@pytest.mark.parametrize(
+    ("sections", "key"),
+    [
+        ({"model": {"depth": 3}}, "model.depth"),
+        ({"model": {"micro_conditioning": True}}, "model.micro_conditioning"),
+        ({"data": {"batch_size": 5}}, "data.batch_size"),
+        ({"run": {"seed": 1}}, "run.seed"),
+    ],
+)
+def test_another_job_may_not_continue_a_run(make_job, sections, key):
+    train.run(make_job(run={"num_steps": 1}))
+    with pytest.raises(ConfigError, match=f"{key}: this job has .* choose another run.output"):
+        train.run(make_job(**sections))
+
+
+def test_settings_that_may_change_do_take_effect(make_job):
+    train.run(make_job(run={"num_steps": 3}))
+    last = train.run(make_job(optim={"weight_decay": 0.5, "lr": 5e-4, "warmup_steps": 0}))
+    group = checkpoint.load(last).training["optimizer"]["param_groups"][0]
+    assert (group["weight_decay"], group["lr"]) == (0.5, 5e-4)
+
+
+def test_a_loss_that_is_not_finite_names_its_step_and_is_not_saved(make_job, tmp_path, monkeypatch):
+    step = train.train_step
+
+    def spoilt(state, batch, setting):
+        loss, grad_norm = step(state, batch, setting)
+        return (loss * math.nan if state.step == 5 else loss), grad_norm
+
+    monkeypatch.setattr(train, "train_step", spoilt)
+    with pytest.raises(JobError, match="^step 5: expected a finite loss"):
+        train.run(make_job())
+    assert checkpoint.latest(tmp_path / "run").name == "step_00000003"
+
+
+def test_a_model_that_does_not_fit_the_features_is_refused_before_anything(make_job, tmp_path):
+    with pytest.raises(ConfigError, match="model.caption_width: expected 24, the width of .*text, got 32"):
+        train.run(make_job(model={"caption_width": 32}))
+    with pytest.raises(ConfigError, match="model.in_channels: expected 4, the channels of .*256px, got 16"):
+        train.run(make_job(model={"in_channels": 16}))
+    assert not list((tmp_path / "run").glob("step_*"))
+
+
+def test_two_runs_cannot_share_an_output(make_job, tmp_path):
+    from pixart_data.commits import output_lock
+
+    with output_lock(tmp_path / "run"), pytest.raises(JobError, match="another run is writing here"):
+        train.run(make_job())
+
+
+def test_training_learns(make_job):
+    job = make_job(optim={"lr": 3e-3}, run={"num_steps": 40, "log_every": 10, "save_every": 40})
+    last = train.run(job)
+    losses = [json.loads(line)["loss"] for line in (last.parent / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_bf16_runs_on_a_cpu_and_keeps_fp32_weights(make_job):
+    snapshot = checkpoint.load(train.run(make_job(run={"dtype": "bf16", "num_steps": 2})))
+    assert {tensor.dtype for tensor in snapshot.model.values()} == {torch.float32}
+
+
+def test_dropped_captions_become_the_null_caption_at_its_own_length():
+    text = torch.arange(24.0).reshape(2, 3, 4)
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    for n in (1, 5):
+        null = -torch.ones(n, 4)
+        y, seen = train.drop_captions(text, mask, null, torch.tensor([True, False]))
+        assert y.shape == (2, max(3, n), 4)
+        assert seen.sum(1).tolist() == [n, 3]
+        assert torch.equal(y[0][seen[0]], null)
+        assert torch.equal(y[1][seen[1]], text[1])
+
+
+def test_the_warm_up_is_linear_and_then_constant():
+    optim = Optim(lr=1.0, warmup_steps=4)
+    assert [train.learning_rate(optim, step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert train.learning_rate(Optim(lr=1.0, warmup_steps=0), 0) == 1.0
+
+
+def test_all_captions_dropped_or_none_changes_the_weights(make_job, tmp_path):
+    runs = [
+        train.run(make_job(data={"drop_caption": p}, run={"output": str(tmp_path / name), "num_steps": 2}))
+        for name, p in (("a", 0.0), ("b", 1.0))
+    ]
+    a, b = (checkpoint.load(run).model for run in runs)
+    assert not same(a, b)
+
+
+def test_the_average_follows_its_formula(make_job):
+    job = make_job()
+    state = train._start(job, torch.device("cpu"))
+    before = {name: p.clone() for name, p in state.ema.named_parameters()}
+    with torch.no_grad():
+        for p in state.model.parameters():
+            p.add_(1.0)
+    train.update_average(state, 0.9)
+    for name, p in state.ema.named_parameters():
+        torch.testing.assert_close(p, before[name] + 0.1)
+
+
+def test_grids_are_drawn_at_every_checkpoint(make_job, tmp_path):
+    pytest.importorskip("diffusers")
+    image = pytest.importorskip("PIL.Image")
+    from diffusers import AutoencoderKL
+
+    channels = (8, 8, 8, 8)
+    AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=channels, layers_per_block=1, norm_num_groups=4, latent_channels=4,
+    ).save_pretrained(tmp_path / "vae")  # fmt: skip
+    grid = {"num_images": 3, "num_steps": 2, "vae": str(tmp_path / "vae")}
+    plain = train.run(make_job(run={"output": str(tmp_path / "plain"), "num_steps": 3}))
+    last = train.run(make_job(run={"num_steps": 3}, grid=grid))
+    with image.open(last.parent / "grids" / "step_00000003.png") as picture:
+        assert picture.size in {(2 * w, 2 * h) for h, w in ((64, 64), (48, 96), (96, 48))}
+    assert same(checkpoint.load(plain).model, checkpoint.load(last).model)
+    with pytest.raises(ConfigError, match="grid.vae: .*cannot be loaded"):
+        train.run(make_job(run={"num_steps": 6}, grid={**grid, "vae": str(tmp_path / "nowhere")}))
