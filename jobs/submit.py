@@ -31,8 +31,11 @@ def submit(command: str, job: Section, options: argparse.Namespace) -> int:
         JobError: If the cluster does not answer or loses the job.
     """
     address = options.address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
-    # The interpreter by its path: a cluster's dashboard need not have the environment's bin folder on its PATH.
-    entrypoint = f"exec {shlex.quote(sys.executable)} -m jobs.cli {command} {_JOB_FILE}"
+    # The cluster's own `pixart`, or, where its dashboard was started without the environment's bin folder on the PATH,
+    # the interpreter of this machine: the head of a cluster on a laptop.
+    words = f"{command} {_JOB_FILE}"
+    here = f"exec {shlex.quote(sys.executable)} -m jobs.cli {words}"
+    entrypoint = f"if command -v pixart >/dev/null; then exec pixart {words}; else {here}; fi"
     if options.dry_run:
         print(f"submit: to {address}: {entrypoint}\n\n{_JOB_FILE}:\n{resolved_toml(job)}", end="")
         return 0
@@ -75,7 +78,9 @@ def _follow(client: Any, name: str, address: str) -> int:
         asyncio.run(tail())
         info = client.get_job_info(name)
     except KeyboardInterrupt:
-        print(f"\nno longer following; {name} goes on. Stop it: ray job stop {name} --address {address}", file=sys.stderr)
+        print(
+            f"\nno longer following; {name} goes on. Stop it: ray job stop {name} --address {address}", file=sys.stderr
+        )
         return 130
     except (RuntimeError, ConnectionError) as error:
         raise JobError(f"{address}: lost sight of {name}: {error}; see ray job logs {name}") from error

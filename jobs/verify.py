@@ -4,7 +4,8 @@ from pathlib import Path
 
 from jobs.config import Verify
 from pixart_data.errors import DataError
-from pixart_data.verification import Finding, verify as verify_files
+from pixart_data.verification import Finding
+from pixart_data.verification import verify as verify_files
 
 
 def verify(job: Verify, dry_run: bool) -> None:

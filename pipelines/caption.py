@@ -64,7 +64,7 @@ class CaptionStage:
         answers: Iterator[Any] = iter(())
         if good:
             images = [picture.decoded.image for picture in good if picture.decoded]
-            batch = {"image": images, "raw_caption": [picture.sample.caption for picture in good]}
+            batch: dict[str, list[Any]] = {"image": images, "raw_caption": [picture.sample.caption for picture in good]}
             answers = iter(self.captioner(batch)["answer"])
         for picture in held:
             yield self._row(picture, next(answers) if picture.error is None else None)

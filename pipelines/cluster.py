@@ -1,9 +1,7 @@
 """Connecting to Ray, once for a command, and deciding what its workers get."""
 
-import contextlib
 import logging
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import ray
@@ -25,13 +23,16 @@ class Share:
     num_gpus: float
 
 
-@contextlib.contextmanager
-def connected(cluster: Cluster) -> Iterator[None]:
-    """Be connected to the cluster of a job: the running one, or one started here and stopped at the end.
+def connect(cluster: Cluster) -> None:
+    """Connect this process to the cluster of a job: the running one, or one started here, which ends with the process.
+
+    Keeps the connection that a caller, or an earlier run of the same command, has made.
 
     Raises:
         JobError: If the address does not answer.
     """
+    if ray.is_initialized():
+        return
     address = cluster.address
     if address == "auto":
         address = "auto" if os.environ.get("RAY_ADDRESS") else "local"
@@ -47,10 +48,6 @@ def connected(cluster: Cluster) -> Iterator[None]:
             ray.init(address=address, **quiet)
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         raise JobError(f"cluster.address: Ray at {address} does not answer: {error}; is it running?") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def share(cluster: Cluster, num_units: int, per_cpu: bool = False) -> Share:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipelines.cluster import connected, share
+from pipelines.cluster import connect, share
 from pipelines.config import Cluster
 from pipelines.pool import Pool, Stage, Work
 from pipelines.progress import Progress
@@ -142,18 +142,18 @@ def execute(run: Run, job: Section, finish: Callable[[list[Record]], None] | Non
 def _work(run: Run, plan: Plan) -> dict[str, str]:
     settings = {unit.id: unit_settings for unit, unit_settings in plan.todo}
     progress = Progress(run.stage, len(run.units), len(plan.done))
-    with connected(run.cluster):
-        pool = Pool(run.build, share(run.cluster, len(plan.todo), run.per_cpu), run.cluster.max_attempts)
-        started_s = time.monotonic()
-        try:
-            for result in pool.work([unit for unit, _ in plan.todo], progress.live):
-                decided = settings[result.unit]
-                record = Record(**{**vars(result), "settings": decided, "digest": digest(decided)})
-                write_record(run.root, record)
-                plan.done[record.unit] = record
-                progress.unit_done(record.rows_in, sum(record.rejected.values()))
-        finally:
-            progress.close()
+    connect(run.cluster)
+    pool = Pool(run.build, share(run.cluster, len(plan.todo), run.per_cpu), run.cluster.max_attempts)
+    started_s = time.monotonic()
+    try:
+        for result in pool.work([unit for unit, _ in plan.todo], progress.live):
+            decided = settings[result.unit]
+            record = Record(**{**vars(result), "settings": decided, "digest": digest(decided)})
+            write_record(run.root, record)
+            plan.done[record.unit] = record
+            progress.unit_done(record.rows_in, sum(record.rejected.values()))
+    finally:
+        progress.close()
     log.debug("%s: %d shards in %.1f s", run.stage, len(plan.todo), time.monotonic() - started_s)
     return pool.failed
 

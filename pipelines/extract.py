@@ -17,11 +17,10 @@ from pipelines.config import Extract
 from pipelines.driver import Account, Plan, Run, execute, make_plan
 from pipelines.features import TEXT_SHARDS, ImageStage, NullCaption, TextStage
 from pipelines.pool import Work
-from pixart_data.buckets import bucket_table
+from pixart_data.buckets import RESIZE_FILTER, bucket_table
 from pixart_data.captions import caption_files
 from pixart_data.commits import Record
 from pixart_data.errors import ConfigError
-from pixart_data.images import RESIZE_FILTER
 from pixart_data.models import identity, versions
 from pixart_data.records import IMAGE_INDEX, SCHEMA_VERSION, TEXT_INDEX
 from pixart_data.sections import ImageFeatures, Source, TextFeatures

@@ -26,6 +26,7 @@ class Progress:
         self.num_worked += 1
         self.rows += rows
         self.rejected += rejected
+        self._live = (0, 0)  # counted now, and counted anew with the next poll
         self._show(force=not self._in_place and self.num_done == self.num_units)
 
     def live(self, rows: int, rejected: int) -> None:

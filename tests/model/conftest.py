@@ -62,7 +62,7 @@ def write_images(root: Path, keys, rng):
     write_set(root, samples, IMAGE_INDEX, Manifest("image", "moments", "F16", model, {"crop": "centre"}, counts, []))
 
 
-def write_texts(root: Path, keys, rng):
+def write_text_set(root: Path, keys, rng):
     samples = []
     for i, key in enumerate(keys):
         tokens = 3 + i % 5
@@ -87,8 +87,13 @@ def features(tmp_path_factory):
     rng = np.random.default_rng(0)
     keys = [f"source/{i:03d}" for i in range(25)]
     write_images(root / "256px", keys, rng)
-    write_texts(root / "text", [*reversed(keys[:23]), "source/orphan"], rng)
+    write_text_set(root / "text", [*reversed(keys[:23]), "source/orphan"], rng)
     return root
+
+
+@pytest.fixture
+def write_texts():
+    return write_text_set
 
 
 @pytest.fixture

@@ -53,7 +53,7 @@ def slow_loss(eps_hat, v, x, x_t, t, eps):
 
 
 @pytest.mark.parametrize("t", [0, 1, 2, 137, 500, 998, 999])
-def test_the_loss_is_the_formula(t, record_property):
+def test_the_loss_is_the_formula(t):
     rng = np.random.default_rng(t)
     x, eps, v = (rng.standard_normal((2, 4, 3, 3)) for _ in range(3))
     x[0, 0] = 0.9995
@@ -71,7 +71,6 @@ def test_the_loss_is_the_formula(t, record_property):
     np.testing.assert_allclose(noisy.numpy(), x_t, atol=1e-6)
     out = torch.from_numpy(np.concatenate([eps_hat, v], axis=1)).float()
     found = diffusion.loss(out, single[0], noisy, steps, single[1])
-    record_property("rel_diff", float(max(abs(found.numpy() / expected - 1))))
     np.testing.assert_allclose(found.numpy(), expected, rtol=2e-4)
 
 

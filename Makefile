@@ -1,0 +1,42 @@
+# Everything a newcomer and CI need. Python 3.11 or newer; nothing else has to be installed.
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+DEMO := out/demo
+
+.PHONY: help install demo test check fix bench clean
+
+help:  ## show this
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+install: $(STAMP)  ## create .venv and install everything from constraints.txt
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(STAMP)
+
+demo: install  ## pictures to captions, report, shards, checkpoint and new pictures, offline, in minutes
+	PATH="$(abspath $(BIN)):$$PATH" sh jobs/demo/run.sh $(DEMO)
+
+test: install  ## run the tests
+	$(BIN)/python -m pytest -q
+
+check: install  ## lint, types, layers, module sizes
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_layering.py tests/test_contract.py
+
+fix: install  ## format, and mend what the linter can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install  ## ratios against what one would use instead, measured side by side
+	$(BIN)/python -m benchmarks.read_shards
+
+clean:  ## delete what the demo made
+	rm -rf $(DEMO)

@@ -1,0 +1,1 @@
+"""The demo: job files, pictures and a script that run the whole way offline."""

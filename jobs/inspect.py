@@ -1,0 +1,196 @@
+"""`pixart inspect`: what is at a path, in words: a dataset, a feature set, captions, a report, a run, a shard."""
+
+import json
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from jobs.config import Inspect
+from pixart_data.captions import caption_files
+from pixart_data.commits import COMMITS
+from pixart_data.errors import DataError
+from pixart_data.shards import INDEX, REJECTED_FILE, Manifest, feature_sets, read_manifest, tensor_shape
+
+_META = "meta.json"
+_TEXT_WIDTH = 100
+
+
+def inspect(job: Inspect, dry_run: bool) -> None:
+    """Print what a path holds; `dry_run` says only which kind of thing it is.
+
+    Raises:
+        DataError: If it is nothing that the toolkit writes.
+    """
+    path = Path(job.path)
+    kind, lines = _look(path, job.num_samples)
+    print(f"{path}: {kind}")
+    if not dry_run:
+        for line in lines:
+            print(line)
+
+
+def _look(path: Path, num_samples: int) -> tuple[str, Iterator[str]]:
+    """Return the kind of thing at a path and, lazily, its description."""
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder; check the path")
+    if path.is_file():
+        return _look_at_file(path, num_samples)
+    sets = feature_sets(path)
+    if sets:
+        return f"{len(sets)} feature set(s)", _datasets(sets, num_samples)
+    if (path / _META).is_file() or any(path.glob(f"step_*/{_META}")):
+        return "checkpoint", _checkpoint(path)
+    if (path / "stats.json").is_file():
+        return "noun statistics", _statistics(path / "stats.json")
+    if (path / COMMITS).is_dir():
+        return "captions", _captions([Path(file.path) for file in caption_files(path, "path")], num_samples)
+    raise DataError(f"{path}: nothing here that pixart wrote; expected a dataset, captions, a report or a run")
+
+
+def _look_at_file(path: Path, num_samples: int) -> tuple[str, Iterator[str]]:
+    if path.suffix == ".parquet":
+        return "Parquet table", _table(path, num_samples)
+    if path.suffix == ".tar":
+        return "tar", _tar(path, num_samples)
+    if path.name == "stats.json":
+        return "noun statistics", _statistics(path)
+    raise DataError(f"{path}: expected a folder, a .parquet, a .tar or a stats.json; nothing else can be inspected")
+
+
+def _datasets(sets: dict[str, Path], num_samples: int) -> Iterator[str]:
+    for name, root in sets.items():
+        manifest = read_manifest(root)
+        index = pq.read_table(root / INDEX)
+        counts = manifest.counts
+        yield f"\n{name}: {manifest.kind} features, {counts['rows_out']:,} of {counts['rows_in']:,} samples"
+        yield from _rejected(root / REJECTED_FILE, num_samples)
+        model = manifest.model
+        revision = f" @ {model['revision']}" if model.get("revision") else ""
+        yield f"  model    {model['id']}{revision}, computed in {model['dtype']}"
+        yield f"  policy   {', '.join(f'{key}: {value}' for key, value in manifest.policy.items())}"
+        yield f"  shards   {len(manifest.shards)}, {sum(shard['size_bytes'] for shard in manifest.shards):,} bytes"
+        yield from (
+            _images(manifest, index, num_samples) if manifest.kind == "image" else _texts(manifest, index, num_samples)
+        )
+
+
+def _images(manifest: Manifest, index: pa.Table, num_samples: int) -> Iterator[str]:
+    yield f"  scaling  {manifest.model['scaling_factor']}, not applied to what is stored"
+    yield f"  {'bucket':8} {'height x width':>15} {'samples':>9} {'shards':>7}   {manifest.tensor} {manifest.dtype}"
+    for bucket in manifest.buckets:
+        if bucket["rows"]:
+            size = f"{bucket['height_px']} x {bucket['width_px']} px"
+            shape = tensor_shape(bucket, manifest)
+            yield f"  {bucket['ratio']:8} {size:>15} {bucket['rows']:>9,} {bucket['shards']:>7,}   {shape}"
+    for row in index.slice(0, num_samples).to_pylist():
+        original = f"{row['original_width_px']} x {row['original_height_px']} px"
+        place = f"{row['shard']} at {row['offset']}"
+        yield f"  {row['key']}: {original}{_ops(row['image_ops'])} -> {row['bucket']}, {place}"
+
+
+def _texts(manifest: Manifest, index: pa.Table, num_samples: int) -> Iterator[str]:
+    if index.num_rows:
+        yield f"  tokens   {_spread(index['num_tokens'])}; {pc.sum(index['truncated']).as_py():,} captions truncated"
+    null = manifest.model.get("null")
+    if null:
+        yield f"  null     the empty caption, {null['num_tokens']} token(s), in {null['path']}"
+    for row in index.slice(0, num_samples).to_pylist():
+        shape = tensor_shape(row, manifest)
+        yield f"  {row['key']}: {manifest.tensor} {manifest.dtype} {shape}, {_short(row['caption'])}"
+
+
+def _captions(paths: list[Path], num_samples: int) -> Iterator[str]:
+    table = pa.concat_tables([pq.read_table(path) for path in paths])
+    good = table.filter(pc.equal(table["status"], "ok"))
+    yield f"  {table.num_rows:,} rows in {len(paths)} part(s): {good.num_rows:,} captioned"
+    for name in ("error", "finish_reason", "model"):
+        counts = _tally(table[name])
+        if counts:
+            yield f"  {name:14} {counts}"
+    if good.num_rows:
+        yield f"  {'tokens':14} {_spread(good['num_tokens'])}"
+    for row in good.slice(0, num_samples).to_pylist():
+        yield f"  {row['key']} ({row['width_px']} x {row['height_px']} px{_ops(row['image_ops'])})"
+        yield f"    raw      {_short(row['raw_caption'])}"
+        yield f"    caption  {_short(row['caption'])}"
+    bad = table.filter(pc.equal(table["status"], "rejected"))
+    for row in bad.slice(0, num_samples).to_pylist():
+        yield f"  {row['key']}: rejected, {row['error']}: {row['detail']}"
+
+
+def _rejected(path: Path, num_samples: int) -> Iterator[str]:
+    table = pq.read_table(path)
+    if table.num_rows:
+        yield f"  rejected {_tally(table['error'])}"
+    for row in table.slice(0, num_samples).to_pylist():
+        yield f"    {row['key']}: {row['error']}: {row['detail']}"
+
+
+def _statistics(path: Path) -> Iterator[str]:
+    from pixart_data.reports import from_json, terminal_table
+
+    try:
+        yield terminal_table(from_json(json.loads(path.read_text(encoding="utf-8"))))
+    except ValueError as error:
+        raise DataError(f"{path}: not valid JSON ({error}); run `pixart stats` again") from error
+
+
+def _checkpoint(path: Path) -> Iterator[str]:
+    from pixart_model.checkpoint import find, read_meta
+
+    found = find(path)
+    meta = read_meta(found)
+    size_bytes = sum(file.stat().st_size for file in found.rglob("*") if file.is_file())
+    yield f"  checkpoint {found}, step {meta.step:,}, {size_bytes:,} bytes"
+    yield f"  model      {', '.join(f'{key} {value}' for key, value in meta.model.items())}"
+    for kind in ("image", "text"):
+        model = meta.features[kind]["model"]
+        yield f"  {kind:10} features of {model['id']}"
+    yield f"  trained on {', '.join(f'{key} {value}' for key, value in meta.features['counts'].items())}"
+    yield f"  versions   {', '.join(f'{key} {value}' for key, value in meta.versions.items())}"
+
+
+def _table(path: Path, num_samples: int) -> Iterator[str]:
+    with pq.ParquetFile(path) as file:
+        yield f"  {file.metadata.num_rows:,} rows"
+        for column in file.schema_arrow:
+            yield f"  {column.name:20} {column.type}"
+        for row in next(iter(file.iter_batches(max(num_samples, 1))), pa.RecordBatch.from_pylist([])).to_pylist():
+            yield f"  {_short(json.dumps(row, default=str, ensure_ascii=False))}"
+
+
+def _tar(path: Path, num_samples: int) -> Iterator[str]:
+    count = 0
+    try:
+        with tarfile.open(path) as tar:
+            for count, member in enumerate(tar, 1):
+                if count <= num_samples:
+                    yield f"  {member.name}, {member.size:,} bytes"
+    except tarfile.TarError as error:
+        raise DataError(f"{path}: unreadable after {count} members: {error}; is it cut off?") from error
+    yield f"  {count:,} members in all"
+
+
+def _tally(column: pa.ChunkedArray) -> str:
+    counts = column.drop_null().value_counts().to_pylist()
+    return ", ".join(f"{count['values']} {count['counts']:,}" for count in counts)
+
+
+def _spread(column: pa.ChunkedArray) -> str:
+    return f"{pc.min(column).as_py()} to {pc.max(column).as_py()}, mean {pc.mean(column).as_py():.1f}"
+
+
+def _ops(ops: str | None) -> str:
+    return f", {ops}" if ops else ""
+
+
+def _short(text: Any) -> str:
+    if text is None:
+        return "-"
+    line = " ".join(str(text).split())
+    return line if len(line) <= _TEXT_WIDTH else line[: _TEXT_WIDTH - 3] + "..."
