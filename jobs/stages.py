@@ -31,7 +31,8 @@ def extract(job: Extract, dry_run: bool) -> None:
 def _run(pipeline: ModuleType, job: Section, dry_run: bool) -> None:
     if dry_run:
         for run, plan in pipeline.plan(job):
-            print("\n".join(plan.lines(run)))
+            print(plan.line(run))
+            print(plan.count_line(run))
         return
     for run, account in pipeline.run(job):
         print(f"{run.stage}: {account.line()} -> {run.root}")

@@ -17,7 +17,7 @@ from pipelines.pool import Report
 from pixart_data.commits import Record, publish, staging_path
 from pixart_data.models import identity
 from pixart_data.records import CAPTIONS, SCHEMA_VERSION, Reason
-from pixart_data.sources import Unit, find_units
+from pixart_data.sources import Unit, count_rows, find_units
 
 STAGE = "caption"
 
@@ -114,6 +114,7 @@ def prepare(job: Caption) -> Run:
         cluster=job.cluster,
         swept=lambda: [root],
         suffixes=(".parquet",),
+        count=count_rows,
     )
 
 

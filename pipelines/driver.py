@@ -4,6 +4,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from pixart_data.errors import DataError, JobError
 log = logging.getLogger(__name__)
 
 _JUDGED_FROM_ROWS = 100
+_COUNT_THREADS = 8
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Run:
         settings: What decides the result of a unit, JSON-able; its digest goes into the record.
         build: Builds the stage inside a worker; picklable.
         swept: Directories in which files that no record names are deleted, with the suffixes that are ours.
+        count: The number of rows in a unit, for `--dry-run`.
     """
 
     stage: str
@@ -42,6 +45,7 @@ class Run:
     cluster: Cluster
     swept: Callable[[], Iterable[Path]]
     suffixes: tuple[str, ...]
+    count: Callable[[Any], int]
     per_cpu: bool = False
 
 
@@ -53,13 +57,20 @@ class Plan:
     todo: list[tuple[Work, dict[str, Any]]] = field(default_factory=list)
     redo: Counter[str] = field(default_factory=Counter)
 
-    def lines(self, run: Run) -> list[str]:
-        """Describe the plan for `--dry-run`."""
+    def line(self, run: Run) -> str:
+        """Say how many shards are done and left, and why done ones are redone."""
         total = len(self.done) + len(self.todo)
         fresh = len(self.todo) - self.redo.total()
         parts = [f"{fresh} new", *(f"{count} redone: {why}" for why, count in sorted(self.redo.items()))]
         detail = f" ({'; '.join(parts)})" if self.redo else ""
-        return [f"{run.stage}: {total} shards, {len(self.done)} done, {len(self.todo)} to do{detail} -> {run.root}"]
+        return f"{run.stage}: {total} shards, {len(self.done)} done, {len(self.todo)} to do{detail} -> {run.root}"
+
+    def count_line(self, run: Run) -> str:
+        """Count the rows that are done and left; reads the sources, which can take a while."""
+        num_done = sum(record.rows_in for record in self.done.values())
+        with ThreadPoolExecutor(_COUNT_THREADS) as threads:
+            num_left = sum(threads.map(run.count, (unit for unit, _ in self.todo)))
+        return f"{run.stage}: {num_done + num_left:,} rows, {num_done:,} done, {num_left:,} to do"
 
 
 @dataclass(frozen=True)
@@ -119,8 +130,7 @@ def execute(run: Run, job: Section, finish: Callable[[list[Record]], None] | Non
     """
     with output_lock(run.root):
         plan = make_plan(run)
-        for line in plan.lines(run):
-            log.info("%s", line)
+        log.info("%s", plan.line(run))
         write_atomic(run.root / "job.toml", resolved_toml(job).encode())
         sweep(run.root, run.swept(), run.suffixes)
         failed = _work(run, plan) if plan.todo else {}

@@ -18,14 +18,14 @@ from pipelines.driver import Account, Plan, Run, execute, make_plan
 from pipelines.features import TEXT_SHARDS, ImageStage, NullCaption, TextStage
 from pipelines.pool import Work
 from pixart_data.buckets import RESIZE_FILTER, bucket_table
-from pixart_data.captions import caption_files
+from pixart_data.captions import CaptionFile, caption_files, count_captions
 from pixart_data.commits import Record
 from pixart_data.errors import ConfigError
 from pixart_data.models import identity, versions
 from pixart_data.records import IMAGE_INDEX, SCHEMA_VERSION, TEXT_INDEX
 from pixart_data.sections import ImageFeatures, Source, TextFeatures
 from pixart_data.shards import INDEX_PARTS, Manifest, seal
-from pixart_data.sources import find_units
+from pixart_data.sources import Unit, count_rows, find_units
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +74,7 @@ def _image_run(job: Extract, source: Source, config: ImageFeatures) -> tuple[Run
         cluster=job.cluster,
         swept=lambda: [root / INDEX_PARTS, *(root / bucket.ratio for bucket in buckets)],
         suffixes=_SUFFIXES,
+        count=count_rows,
     )
     return run, partial(_seal_images, root, config)
 
@@ -108,8 +109,15 @@ def _text_run(job: Extract, config: TextFeatures) -> tuple[Run, Finish]:
         cluster=job.cluster,
         swept=lambda: [root / INDEX_PARTS, root / TEXT_SHARDS],
         suffixes=_SUFFIXES,
+        count=_count_texts,
     )
     return run, partial(_seal_texts, root, config)
+
+
+def _count_texts(unit: Unit | CaptionFile | NullCaption) -> int:
+    if isinstance(unit, NullCaption):
+        return 0
+    return count_captions(unit) if isinstance(unit, CaptionFile) else count_rows(unit)
 
 
 def _seal_images(root: Path, config: ImageFeatures, records: list[Record]) -> None:

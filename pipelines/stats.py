@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from pipelines.config import CaptionSet, Stats
 from pipelines.driver import Account, Plan, Run, execute, make_plan
 from pipelines.pool import Report
-from pixart_data.captions import CaptionFile, caption_files, read_captions
+from pixart_data.captions import CaptionFile, caption_files, count_captions, read_captions
 from pixart_data.commits import Record, publish, read_records, staging_path, write_atomic
 from pixart_data.nouns import NounCounts, NounStats, build_tagger, count_nouns, find_tagger, summarise
 from pixart_data.records import SCHEMA_VERSION
@@ -89,6 +89,7 @@ def prepare(job: Stats, download: bool) -> Run:
         cluster=job.cluster,
         swept=lambda: [root / _COUNTS],
         suffixes=(".parquet",),
+        count=lambda unit: count_captions(unit.file),
         per_cpu=True,
     )
 

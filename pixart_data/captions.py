@@ -81,6 +81,14 @@ def read_captions(path: Path, column: str, need_key: bool) -> Iterator[CaptionRo
             yield CaptionRow(key, caption)
 
 
+def count_captions(file: CaptionFile) -> int:
+    """Return the number of rows of a file."""
+    if file.path.endswith(".parquet"):
+        return int(pq.read_metadata(file.path).num_rows)
+    with Path(file.path).open("rb") as lines:
+        return sum(bool(line.strip()) for line in lines)
+
+
 def _parquet_rows(path: Path, column: str, need_key: bool) -> Iterator[tuple[str, Any, str]]:
     try:
         with pq.ParquetFile(path) as file:

@@ -114,21 +114,30 @@ def _apply(tree: dict[str, Any], item: str) -> None:
 
 
 def _complaints(cls: type[Section], error: ValidationError) -> Iterator[str]:
-    for problem in error.errors():
-        place = [part for part in problem["loc"]]
+    problems = error.errors()
+    unknown = [problem["loc"] for problem in problems if problem["type"] == "extra_forbidden"]
+    meant = {place: _suggestion(cls, place) for place in unknown}
+    for problem in problems:
+        place = problem["loc"]
         dotted = ".".join(str(part) for part in place)
-        found = repr(problem.get("input"))
-        if problem["type"] == "extra_forbidden":
-            close = difflib.get_close_matches(str(place[-1]), _known_keys(cls, place[:-1]), n=1, cutoff=0.5)
-            hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(_known_keys(cls, place[:-1]))}"
-            yield f"{dotted}: unknown key; {hint}"
+        if place in meant:
+            known = ", ".join(_known_keys(cls, place[:-1]))
+            yield f"{dotted}: unknown key; " + (
+                f"did you mean '{meant[place]}'?" if meant[place] else f"known: {known}"
+            )
         elif problem["type"] == "missing":
-            yield f"{dotted}: required, and missing; add it to the job file or pass --set {dotted}=..."
+            if place not in {(*typed[:-1], name) for typed, name in meant.items()}:  # a typo is complained of once
+                yield f"{dotted}: required, and missing; add it to the job file or pass --set {dotted}=..."
         elif problem["type"] == "value_error":
             yield f"{dotted}: {problem['ctx']['error']}" if dotted else str(problem["ctx"]["error"])
         else:
             expected = problem["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-            yield f"{dotted}: expected {expected}, got {found[:80]}"
+            yield f"{dotted}: expected {expected}, got {repr(problem.get('input'))[:80]}"
+
+
+def _suggestion(cls: type[Section], place: tuple[int | str, ...]) -> str | None:
+    close = difflib.get_close_matches(str(place[-1]), _known_keys(cls, place[:-1]), n=1, cutoff=0.5)
+    return close[0] if close else None
 
 
 def _known_keys(cls: type[Section], place: Sequence[int | str]) -> list[str]:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 
-from pixart_data.buckets import Bucket, place
+from pixart_data.buckets import RESIZE_FILTER, Bucket, place
 from pixart_data.records import Reason
 
 Image.MAX_IMAGE_PIXELS = None  # decode() checks every header against its own limit before any pixel is read
@@ -136,8 +136,8 @@ def decode(data: bytes, *, max_pixels: int, min_side_px: int | None = None) -> D
 def fit(image: Image.Image, bucket: Bucket) -> NDArray[np.uint8]:
     """Resize to cover a bucket and cut its centre, as `buckets.place` says.
 
-    One bicubic pass over exactly the pixels that the crop keeps, widened by the scale when shrinking (antialiased):
-    the same as resizing everything and then cropping, at less cost.
+    One pass of `buckets.RESIZE_FILTER` over exactly the pixels that the crop keeps, widened by the scale when
+    shrinking (antialiased): the same as resizing everything and then cropping, at less cost.
 
     Returns:
         Pixels (H, W, 3) of the bucket's height and width.
@@ -153,7 +153,7 @@ def fit(image: Image.Image, bucket: Bucket) -> NDArray[np.uint8]:
         min((top + bucket.height_px) * scale_y, image.height),
     )
     size = (bucket.width_px, bucket.height_px)
-    return np.array(image.resize(size, Image.Resampling.BICUBIC, box=box, reducing_gap=None))
+    return np.array(image.resize(size, Image.Resampling[RESIZE_FILTER.upper()], box=box, reducing_gap=None))
 
 
 @functools.cache

@@ -215,7 +215,7 @@ class Sample(Section):
     @model_validator(mode="after")
     def _draws_something(self) -> Self:
         if not self.prompts and self.prompts_file is None:
-            raise ValueError("prompts: expected at least one, or a prompts_file")
+            raise ValueError('prompts: expected at least one, found none; add --prompt "..." or a prompts_file')
         self.height_over_width  # noqa: B018 - complains
         return self
 

@@ -23,12 +23,11 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from pixart_data.buckets import RESOLUTIONS_PX, Bucket
+from pixart_data.buckets import Bucket
 from pixart_data.errors import ConfigError, DataError
-from pixart_data.shards import FeatureSet
+from pixart_data.shards import FeatureSet, tensor_shape
 from pixart_model.config import Data, Model
 
-_CELL_PX = 8
 _ORDER_OF_ROWS, _ORDER_OF_BATCHES = 0, 1
 _log = logging.getLogger(__name__)
 
@@ -150,12 +149,6 @@ class Dataset:
         counts = np.bincount(self._bucket_of)
         return int(np.sum(-(-counts // self.data.batch_size)))
 
-    @property
-    def resolution_px(self) -> int:
-        """The resolution whose canvases have about the area of these buckets."""
-        side = float(np.sqrt(np.mean(self._image["height_px"] * self._image["width_px"])))
-        return min(RESOLUTIONS_PX, key=lambda known: abs(np.log(known / side)))
-
     def facts(self) -> dict[str, Any]:
         """Return where the features come from, for a checkpoint to keep: encoders, policies, digests and counts."""
         sets = {"image": self.images, "text": self.texts}
@@ -163,7 +156,7 @@ class Dataset:
             kind: {"model": s.manifest.model, "policy": s.manifest.policy, "index_sha256": s.manifest.index_sha256}
             for kind, s in sets.items()
         }
-        return facts | {"resolution_px": self.resolution_px, "counts": asdict(self.counts)}
+        return facts | {"resolution_px": self.images.manifest.policy["resolution_px"], "counts": asdict(self.counts)}
 
     def require(self, model: Model) -> None:
         """Check that a model fits the features.
@@ -267,8 +260,8 @@ class Dataset:
     def _moments(self, row: int, key: str) -> npt.NDArray[np.float16]:
         place = {name: int(self._image[name][row]) for name in ("offset", "size_bytes", "crc32")}
         data = _checked(self.images, self._image_shards[row].as_py(), place, key)
-        height, width = (int(self._image[name][row]) // _CELL_PX for name in ("height_px", "width_px"))
-        shape = (2, int(self.images.manifest.model["channels"]), height, width)
+        canvas = {name: int(self._image[name][row]) for name in ("height_px", "width_px")}
+        shape = tensor_shape(canvas, self.images.manifest)
         if len(data) != 2 * int(np.prod(shape)):
             raise DataError(f"{self.images.root}: {key}: expected moments {shape} in fp16, found {len(data)} bytes")
         return np.frombuffer(data, dtype=np.float16).reshape(shape)
@@ -279,8 +272,8 @@ class Dataset:
 
     def _read_text(self, shard: str, place: dict[str, Any], key: str) -> npt.NDArray[np.int16]:
         data = _checked(self.texts, shard, place, key)
-        shape = (int(place["num_tokens"]), int(self.texts.manifest.model["width"]))
-        if len(data) != 2 * shape[0] * shape[1]:
+        shape = tensor_shape(place, self.texts.manifest)
+        if len(data) != 2 * int(np.prod(shape)):
             raise DataError(f"{self.texts.root}: {key}: expected tokens {shape} in bf16, found {len(data)} bytes")
         return np.frombuffer(data, dtype=np.int16).reshape(shape)
 

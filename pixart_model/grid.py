@@ -1,11 +1,13 @@
-"""Pictures drawn during training: the same captions and seeds at every checkpoint, in one PNG."""
+"""Pictures on one sheet: drawn during training, the same captions and seeds at every checkpoint."""
 
 import io
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from pixart_data.commits import write_atomic
 from pixart_data.errors import ConfigError
@@ -14,18 +16,24 @@ from pixart_model.dataset import Dataset
 from pixart_model.model import PixArt
 from pixart_model.sampling import sample_latents
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 
 class Painter:
-    """Draws the first captions of a dataset, on the canvas that most of its images have."""
+    """Draws the first captions of a dataset, on the canvas that most of its images have.
+
+    Raises:
+        ConfigError: If diffusers or Pillow is not installed, or the VAE cannot be loaded.
+    """
 
     def __init__(self, job: Train, dataset: Dataset, device: torch.device) -> None:
         self.grid, self.seed = job.grid, job.run.seed
         self.captions = dataset.first_captions(job.grid.num_images)
         self.null_caption = dataset.null_caption()
         self.bucket = dataset.commonest_bucket()
-        facts = dataset.images.manifest.model
-        self.scaling_factor = float(facts["scaling_factor"])
-        self.vae = _load_vae(job.grid.vae, facts).to(device)
+        self.facts = dataset.images.manifest.model
+        self.vae = _load_vae(job.grid.vae, self.facts).to(device)
 
     @torch.inference_mode()
     def draw(self, model: PixArt, path: Path) -> None:
@@ -33,8 +41,24 @@ class Painter:
         seeds = [self.seed + i for i in range(len(self.captions))]
         guidance, num_steps = self.grid.guidance, self.grid.num_steps
         latents = sample_latents(model, self.captions, self.null_caption, self.bucket, seeds, guidance, num_steps)
-        pictures = [self.vae.decode(z[None] / self.scaling_factor).sample[0].float() for z in latents]  # (3, h, w) each
-        write_atomic(path, _png(torch.stack(pictures)))
+        latents = latents / self.facts["scaling_factor"] + (self.facts.get("shift_factor") or 0.0)  # (B, C, H, W)
+        pictures = [_picture(self.vae.decode(z[None]).sample[0]) for z in latents]
+        buffer = io.BytesIO()
+        contact_sheet(pictures).save(buffer, format="PNG")
+        write_atomic(path, buffer.getvalue())
+
+
+def contact_sheet(pictures: "Sequence[Image.Image]") -> "Image.Image":
+    """Lay pictures out, row by row, on a sheet about as many cells wide as high; a cell fits the largest picture."""
+    from PIL import Image
+
+    columns = math.ceil(math.sqrt(len(pictures)))
+    rows = math.ceil(len(pictures) / columns)
+    width_px, height_px = (max(picture.size[axis] for picture in pictures) for axis in (0, 1))
+    sheet = Image.new("RGB", (columns * width_px, rows * height_px), "white")
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (i % columns * width_px, i // columns * height_px))
+    return sheet
 
 
 def _load_vae(given: str | None, facts: dict[str, Any]) -> Any:
@@ -44,26 +68,19 @@ def _load_vae(given: str | None, facts: dict[str, Any]) -> Any:
         from diffusers import AutoencoderKL
     except ImportError as error:
         raise ConfigError("grid: needs diffusers and Pillow; pip install 'pixart-toolkit[sample]'") from error
-    chosen = {"subfolder": facts.get("subfolder"), "revision": facts.get("revision")}
+    name = given or facts["id"]
+    place = {} if given else {"subfolder": facts.get("subfolder"), "revision": facts.get("revision")}
     try:
-        vae = AutoencoderKL.from_pretrained(given or facts["id"], **({} if given else chosen))
+        vae = AutoencoderKL.from_pretrained(name, **place, low_cpu_mem_usage=False)
     except (OSError, ValueError) as error:
-        name = given or facts["id"]
-        raise ConfigError(f"grid.vae: {name} cannot be loaded ({error}); give a folder, or num_images = 0") from error
+        why = str(error).partition("\n")[0]
+        raise ConfigError(f"grid.vae: {name} cannot be loaded ({why}); give a folder, or num_images = 0") from error
     return vae.eval().requires_grad_(False)
 
 
-def _png(pictures: torch.Tensor) -> bytes:
-    """Tile pictures (B, 3, h, w), values from -1 to 1, into rows of about equal number."""
+def _picture(values: Tensor) -> "Image.Image":
+    """Turn values (3, h, w) from -1 to 1 into a picture."""
     from PIL import Image
 
-    columns = math.ceil(math.sqrt(len(pictures)))
-    rows = math.ceil(len(pictures) / columns)
-    height, width = pictures.shape[2:]
-    sheet = Image.new("RGB", (columns * width, rows * height))
-    pixels = ((pictures.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # (B, h, w, 3)
-    for i, picture in enumerate(pixels):
-        sheet.paste(Image.fromarray(picture), (i % columns * width, i // columns * height))
-    buffer = io.BytesIO()
-    sheet.save(buffer, format="PNG")
-    return buffer.getvalue()
+    pixels = ((values.float() + 1) * 127.5).round().clamp(0, 255).byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())

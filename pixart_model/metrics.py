@@ -1,8 +1,10 @@
 """What a run says of itself: one line of `metrics.jsonl` and one log line every few steps."""
 
+import contextlib
 import json
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,6 +63,13 @@ class Meter:
         self._images += images
         self._data_s += data_s
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave what happens inside, such as saving, out of the time of a step."""
+        began = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - began
+
     def check(self) -> None:
         """Wait for the device and look at what was collected.
 
@@ -105,7 +114,7 @@ class Meter:
         parts = (
             f"step {self.step:0{digits}d}/{self.num_steps:0{digits}d} {self.step / self.num_steps:.1%}",
             f"loss {line['loss']:.4f}",
-            f"grad {line['grad_norm']:.2g}",
+            f"grad {line['grad_norm']:.3g}",
             f"lr {line['lr']:.1e}",
             f"{line['step_ms']:.0f} ms",
             f"data {line['data_ms']:.0f} ms",

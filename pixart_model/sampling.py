@@ -50,8 +50,8 @@ def sample_latents(
         num_steps: Evaluations of the model for each image.
 
     Returns:
-        fp32 (B, C, height_px / 8, width_px / 8), as the model was trained on: posterior times scaling factor. Divide
-        by the scaling factor before decoding.
+        fp32 (B, C, height_px / 8, width_px / 8), as the model was trained on: to decode them, divide by the VAE's
+        scaling factor and add its shift factor.
 
     Raises:
         ConfigError: If diffusers is not installed.

@@ -1,7 +1,7 @@
 """Training from feature shards: `run(job)` starts, continues or recognises a finished run.
 
 Step k draws all its randomness from (seed, k) and its samples from the plan of (seed, epoch), so a run that was stopped
-and continued gives the same weights as one that was not.
+and continued gives the same weights as one that was not: bit for bit on a CPU, up to the order of sums on a GPU.
 
 Legend: B batch, C latent channels, H W latent cells, L text tokens, D width of the text encoder; x clean latents,
 x_t noisy ones, t timesteps, eps noise, y captions.
@@ -52,7 +52,7 @@ class Setting:
     """What training does not change.
 
     Attributes:
-        scaling_factor: Of the VAE: brings latents to about unit variance.
+        scaling_factor: Of the VAE: brings latents to about unit variance, after `shift_factor` is taken off.
         null_caption: bf16 (n, D), on the device.
     """
 
@@ -61,6 +61,7 @@ class Setting:
     dtype: torch.dtype
     diffusion: Diffusion
     scaling_factor: float
+    shift_factor: float
     null_caption: Tensor
 
 
@@ -80,19 +81,23 @@ def run(job: Train) -> Path:
     with output_lock(run_dir), contextlib.closing(open_dataset(job.data)) as dataset:
         dataset.require(job.model)
         last = checkpoint.latest(run_dir)
-        if last is not None and _is_finished(job, dataset, last):
-            return last
+        if last is not None:
+            done = _steps_done(job, dataset, last)
+            if done >= job.run.num_steps:
+                _log.info("%s: finished: %d of %d steps; nothing to do", run_dir, done, job.run.num_steps)
+                return last
         state = _start(job, device)
         if last is not None:
             _restore(state, last)
         write_atomic(run_dir / checkpoint.CONFIG, resolved_toml(job).encode())
-        scaling_factor = float(dataset.images.manifest.model["scaling_factor"])
+        vae = dataset.images.manifest.model
         setting = Setting(
             job,
             device,
             resolve_dtype(job.run.dtype, device),
             Diffusion(device),
-            scaling_factor,
+            float(vae["scaling_factor"]),
+            float(vae.get("shift_factor") or 0.0),
             dataset.null_caption().to(device),
         )
         return _loop(state, setting, dataset, run_dir)
@@ -105,7 +110,8 @@ def train_step(state: State, batch: Batch, setting: Setting) -> tuple[Tensor, Te
     batch = batch.to(device)
 
     mean, std = batch.moments.float().unbind(1)  # (B, C, H, W) each
-    x = setting.scaling_factor * (mean + std * torch.randn(mean.shape, generator=rng, device=device))
+    x = mean + std * torch.randn(mean.shape, generator=rng, device=device)  # (B, C, H, W)
+    x = setting.scaling_factor * (x - setting.shift_factor)
     drop = torch.rand(len(batch), generator=rng, device=device) < setting.job.data.drop_caption  # (B,)
     y, mask = drop_captions(batch.text, batch.mask, setting.null_caption, drop)  # (B, L, D), (B, L)
     t = torch.randint(NUM_TIMESTEPS, (len(batch),), generator=rng, device=device)  # (B,)
@@ -178,10 +184,11 @@ def _loop(state: State, setting: Setting, dataset: Dataset, run_dir: Path) -> Pa
                 meter.write(lr)
             if done or state.step % job.run.save_every == 0:
                 meter.check()
-                last = checkpoint.save(run_dir, _snapshot(state, setting, dataset), job.run.keep_last)
-                _log.info("saved %s", last)
-                if painter:
-                    painter.draw(state.ema, run_dir / "grids" / f"{last.name}.png")
+                with meter.paused():
+                    last = checkpoint.save(run_dir, _snapshot(state, setting, dataset), job.run.keep_last)
+                    _log.info("saved %s", last)
+                    if painter:
+                        painter.draw(state.ema, run_dir / "grids" / f"{last.name}.png")
             if done:
                 return last
 
@@ -213,8 +220,8 @@ def _restore(state: State, last: Path) -> None:
     _log.info("continuing from %s", last)
 
 
-def _is_finished(job: Train, dataset: Dataset, last: Path) -> bool:
-    """Say whether the run that `last` belongs to is at its end; it must be the run of this job."""
+def _steps_done(job: Train, dataset: Dataset, last: Path) -> int:
+    """Return the steps of the run that `last` belongs to; it must be the run of this job."""
     meta = checkpoint.read_meta(last)
     wanted = _resumes(job, dataset)
     for key, value in wanted.items():
@@ -224,10 +231,7 @@ def _is_finished(job: Train, dataset: Dataset, last: Path) -> bool:
                 f"{key}: this job has {value}, the run in {job.run.output} has {found}; "
                 "choose another run.output, or the run's own setting"
             )
-    if meta.step >= job.run.num_steps:
-        _log.info("%s: finished: %d of %d steps; nothing to do", job.run.output, meta.step, job.run.num_steps)
-        return True
-    return False
+    return meta.step
 
 
 def _resumes(job: Train, dataset: Dataset) -> dict[str, Any]:

@@ -242,6 +242,36 @@ def swapped_profile() -> bytes:
     return profile[:132] + table + profile[132 + 12 * count :]
 
 
+def cmyk_profile() -> bytes:
+    """A CMYK profile in which magenta ink prints green: black takes the light, the others change nothing."""
+    corners = [(c, m, y, k) for c in (0, 1) for m in (0, 1) for y in (0, 1) for k in (0, 1)]
+    colours = [(0, 128, 128) if k else (150, 50, 190) if m else (255, 128, 128) for _, m, _, k in corners]
+    identity = struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 65536)
+    table = b"mft1" + bytes(4) + bytes((4, 3, 2, 0)) + identity
+    table += bytes(range(256)) * 4 + b"".join(map(bytes, colours)) + bytes(range(256)) * 3
+    table += bytes(-len(table) % 4)
+    white = b"XYZ " + bytes(4) + struct.pack(">3i", 0xF6D6, 0x10000, 0xD32D)
+    tags = struct.pack(">I4sII4sII", 2, b"A2B0", 156, len(table), b"wtpt", 156 + len(table), len(white))
+    header = struct.pack(
+        ">I4sI4s4s4s12s4s", 156 + len(table) + len(white), b"", 0x02400000, b"prtr", b"CMYK", b"Lab ", b"", b"acsp"
+    )
+    header += bytes(28) + struct.pack(">3i", 0xF6D6, 0x10000, 0xD32D)
+    return header.ljust(128, b"\0") + tags + table + white
+
+
+@pytest.mark.parametrize("format", ["JPEG", "TIFF"])
+def test_profiles_of_cmyk_are_applied(format):
+    magenta = Image.new("CMYK", (16, 16), (0, 255, 0, 0))
+    decoded = decode(encoded(magenta, format, icc_profile=cmyk_profile()), max_pixels=LIMIT)
+    assert decoded.ops == "cmyk,icc"
+    red, green, _ = decoded.image.getpixel((8, 8))
+    assert green > 100 > 60 > red
+    plain = decode(encoded(magenta, format), max_pixels=LIMIT)
+    assert plain.ops == "cmyk"
+    red, green, _ = plain.image.getpixel((8, 8))
+    assert red > 200 > 60 > green
+
+
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "TIFF", "WEBP"])
 def test_profiles_are_applied(format):
     red = Image.new("RGB", (16, 16), (250, 5, 5))

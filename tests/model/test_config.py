@@ -65,7 +65,7 @@ def test_complaints_name_the_key(tmp_path, text, complaint):
 
 def test_sampling_needs_a_prompt_and_a_ratio(tmp_path):
     base = 'checkpoint = "runs/a"\noutput = "images"\n'
-    with pytest.raises(ConfigError, match="prompts: expected at least one, or a prompts_file"):
+    with pytest.raises(ConfigError, match="prompts: expected at least one, found none"):
         job(tmp_path, base, Sample)
     for wrong in ("wide", "0:1", "3x4", "-1:1", "1:"):
         with pytest.raises(ConfigError, match=f"expected height:width, e.g. 3:4, got '{wrong}'"):

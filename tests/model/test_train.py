@@ -1,10 +1,14 @@
 import json
 import logging
 import math
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 
+from pixart_data.config import resolved_toml
 from pixart_data.errors import ConfigError, JobError
 from pixart_model import checkpoint, train
 from pixart_model.config import Optim
@@ -210,3 +214,49 @@ def test_grids_are_drawn_at_every_checkpoint(make_job, tmp_path):
     assert same(checkpoint.load(plain).model, checkpoint.load(last).model)
     with pytest.raises(ConfigError, match="grid.vae: .*cannot be loaded"):
         train.run(make_job(run={"num_steps": 6}, grid={**grid, "vae": str(tmp_path / "nowhere")}))
+
+
+def test_the_latents_are_shifted_and_scaled_draws_from_the_posterior(make_job, monkeypatch):
+    seen = {}
+    real = train.Diffusion.q_sample
+
+    def spy(self, x, t, eps):
+        seen["x"] = x
+        return real(self, x, t, eps)
+
+    monkeypatch.setattr(train.Diffusion, "q_sample", spy)
+    job = make_job(run={"num_steps": 1})
+    train.run(job)
+    dataset = train.open_dataset(job.data)
+    _, batch = next(dataset.batches(train.Position(job.run.seed, 0, 0)))
+    dataset.close()
+    mean, std = batch.moments.float().unbind(1)
+    draw = (seen["x"] / 0.18215 + 0.1 - mean) / std
+    assert abs(float(draw.mean())) < 0.2
+    assert abs(float(draw.std()) - 1) < 0.2
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(make_job, tmp_path):
+    out = tmp_path / "killed"
+    job = make_job(run={"output": str(out), "num_steps": 100_000, "save_every": 2, "keep_last": 2})
+    (tmp_path / "job.toml").write_text(resolved_toml(job))
+    code = (
+        "import sys, pathlib, torch; torch.set_num_threads(1)\n"
+        "from pixart_data.config import load; from pixart_model import config, train\n"
+        "train.run(load(config.Train, pathlib.Path(sys.argv[1])))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "job.toml")])
+    deadline = time.monotonic() + 120
+    while not (out / "step_00000006").exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert process.returncode == -9, "it was still running"
+    reached = checkpoint.read_meta(checkpoint.latest(out)).step
+    assert reached >= 6
+    num_steps = reached + 3
+    again = train.run(make_job(run={"output": str(out), "num_steps": num_steps}))
+    straight = train.run(make_job(run={"output": str(tmp_path / "straight"), "num_steps": num_steps}))
+    a, b = checkpoint.load(again), checkpoint.load(straight)
+    assert same([a.model, a.ema, a.training], [b.model, b.ema, b.training])
+    assert not list(out.glob(".tmp-*"))
