@@ -57,14 +57,20 @@ def submit(command: str, job: Section, options: argparse.Namespace) -> int:
 
 
 def _connect(address: str) -> Any:
-    from ray.job_submission import JobSubmissionClient
-
-    # Ray writes a token for clusters it starts but its HTTP client does not send one unless told to.
+    # Ray starts clusters with token authentication, yet its client sends no token unless told so before it is imported.
     token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
     if token.is_file() or os.environ.get("RAY_AUTH_TOKEN"):
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
     try:
         return JobSubmissionClient(address)
+    except AuthenticationError as error:
+        raise JobError(
+            f"{address}: the cluster wants a token, and refused ours or found none; copy the head node's "
+            "~/.ray/auth_token to this machine, or set RAY_AUTH_TOKEN"
+        ) from error
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise JobError(f"{address}: no Ray dashboard answers: {error}; start one with `ray start --head`") from error
 

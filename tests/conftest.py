@@ -10,10 +10,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 
-
-@pytest.fixture(autouse=True)
-def _no_network(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any library reads it, so that Ray's workers inherit it too
+os.environ.pop("RAY_ADDRESS", None)  # tests start a Ray of their own
 
 
 @pytest.fixture(scope="session")
@@ -57,7 +55,6 @@ def pixart(tmp_path):
             text=True,
             timeout=timeout_s,
             cwd=tmp_path,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
             **options,
         )
 

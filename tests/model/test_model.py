@@ -133,10 +133,13 @@ def test_positions_are_made_once_for_each_grid_and_type():
 
 
 def test_checkpointed_gradients_are_the_gradients():
-    gradients = []
+    gradients, runs = [], []
     for flag in (False, True):
-        model = wake(tiny())
+        model, calls = wake(tiny()), []
         model.grad_checkpointing = flag
+        model.blocks[0].attn.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         model(**inputs()).square().mean().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
+        runs.append(len(calls))
+    assert runs == [1, 2], "the second time is the recomputation"
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])

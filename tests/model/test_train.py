@@ -236,6 +236,21 @@ def test_the_latents_are_shifted_and_scaled_draws_from_the_posterior(make_job, m
     assert abs(float(draw.std()) - 1) < 0.2
 
 
+def test_no_two_steps_share_their_noise(make_job, monkeypatch):
+    noises, times = [], []
+    real = train.Diffusion.q_sample
+
+    def spy(self, x, t, eps):
+        noises.append(float(eps[0, 0, 0, 0]))
+        times.append(t.tolist())
+        return real(self, x, t, eps)
+
+    monkeypatch.setattr(train.Diffusion, "q_sample", spy)
+    train.run(make_job())
+    assert len(set(noises)) == 6
+    assert len({tuple(t) for t in times}) == 6
+
+
 def test_a_killed_run_goes_on_as_if_it_had_not_been(make_job, tmp_path):
     out = tmp_path / "killed"
     job = make_job(run={"output": str(out), "num_steps": 100_000, "save_every": 2, "keep_last": 2})
