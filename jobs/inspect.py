@@ -89,7 +89,7 @@ def _images(manifest: Manifest, index: pa.Table, num_samples: int) -> Iterator[s
             yield f"  {bucket['ratio']:8} {size:>15} {bucket['rows']:>9,} {bucket['shards']:>7,}   {shape}"
     for row in index.slice(0, num_samples).to_pylist():
         original = f"{row['original_width_px']} x {row['original_height_px']} px"
-        place = f"{row['shard']} at {row['offset']}"
+        place = f"{row['shard']} at {row['offset_bytes']}"
         yield f"  {row['key']}: {original}{_ops(row['image_ops'])} -> {row['bucket']}, {place}"
 
 

@@ -197,6 +197,6 @@ class TextStage:
         values = self.encoder({"caption": [""]})["t5"][0]
         writer.add(TEXT_SHARDS, values, {"key": NULL_UNIT, "num_tokens": len(values)})
         [file] = writer.finish(schema=None)
-        place = {name: writer.rows[0][name] for name in ("offset", "size_bytes", "crc32", "num_tokens")}
+        place = {name: writer.rows[0][name] for name in ("offset_bytes", "size_bytes", "crc32", "num_tokens")}
         facts = {**self.encoder.facts, "null": {"path": file.path, **place}}
         return Record(writer.unit, "", {}, 0, 0, {}, [file], facts=facts)

@@ -56,7 +56,7 @@ IMAGE_INDEX = pa.schema(
         ("height_px", pa.int32()),  # of the bucket
         ("width_px", pa.int32()),
         ("shard", pa.string()),  # path relative to the feature set
-        ("offset", pa.int64()),  # of the tensor's first byte in the shard
+        ("offset_bytes", pa.int64()),  # of the tensor's first byte in the shard
         ("size_bytes", pa.int64()),  # of the tensor
         ("crc32", pa.uint32()),  # of the tensor
         ("original_width_px", pa.int32()),  # after the EXIF rotation
@@ -75,7 +75,7 @@ TEXT_INDEX = pa.schema(
     [
         ("key", pa.string()),
         ("shard", pa.string()),
-        ("offset", pa.int64()),
+        ("offset_bytes", pa.int64()),
         ("size_bytes", pa.int64()),
         ("crc32", pa.uint32()),
         ("num_tokens", pa.int32()),  # true tokens stored, the end-of-sequence token included

@@ -29,7 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pixart_data.commits import Record, storage, write_atomic
-from pixart_data.errors import DataError
+from pixart_data.errors import DataError, JobError
 
 FORMAT = "pixart-features"
 FORMAT_VERSION = 1
@@ -47,7 +47,7 @@ _DTYPES: dict[str, npt.DTypeLike] = {"F16": np.float16, "F32": np.float32, "BF16
 class TensorPlace:
     """Where a tensor lies in a shard."""
 
-    offset: int
+    offset_bytes: int
     size_bytes: int
     crc32: int
 
@@ -157,11 +157,12 @@ class FeatureSet:
     def __len__(self) -> int:
         return int(self.index.num_rows)
 
-    def read_bytes(self, shard: str, offset: int, size_bytes: int) -> bytes:
+    def read_bytes(self, shard: str, offset_bytes: int, size_bytes: int) -> bytes:
         """Return `size_bytes` from a shard with one positioned read.
 
         Raises:
             DataError: If the shard is missing or too short.
+            JobError: If the storage fails.
         """
         descriptor = self._descriptors.get(shard)
         if descriptor is None:
@@ -170,14 +171,18 @@ class FeatureSet:
             except OSError as error:
                 raise DataError(f"{self.root / shard}: cannot be opened ({error.strerror}); extract again") from error
             descriptor = self._keep(shard, descriptor)
-        data = os.pread(descriptor, size_bytes, offset)
+        try:
+            data = os.pread(descriptor, size_bytes, offset_bytes)
+        except OSError as error:
+            why = f"{error.strerror}; check the storage, then run again"
+            raise JobError(f"{self.root / shard}: cannot be read: {why}") from error
         if len(data) != size_bytes:
             raise DataError(f"{self.root / shard}: ends early; `pixart verify {self.root}` names the samples lost")
         return data
 
-    def read_tensor(self, shard: str, offset: int, size_bytes: int, shape: Sequence[int]) -> npt.NDArray[Any]:
+    def read_tensor(self, shard: str, offset_bytes: int, size_bytes: int, shape: Sequence[int]) -> npt.NDArray[Any]:
         """Return a tensor; BF16 comes as uint16 bits, for `torch.Tensor.view(torch.bfloat16)`."""
-        data = self.read_bytes(shard, offset, size_bytes)
+        data = self.read_bytes(shard, offset_bytes, size_bytes)
         return np.frombuffer(data, dtype=_DTYPES[self.manifest.dtype]).reshape(shape)
 
     def _keep(self, shard: str, descriptor: int) -> int:

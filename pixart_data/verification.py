@@ -14,7 +14,7 @@ from pixart_data.commits import COMMITS, file_sha256, read_records
 from pixart_data.errors import DataError
 from pixart_data.shards import INDEX, Manifest, feature_sets, member_prefix, read_manifest, tensor_shape
 
-_ADDRESS = ("key", "shard", "offset", "size_bytes", "crc32")
+_ADDRESS = ("key", "shard", "offset_bytes", "size_bytes", "crc32")
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,9 @@ def _verify_shard(
 
 
 def _tensor(data: bytes, row: dict[str, Any]) -> bytes:
-    return data[row["offset"] : row["offset"] + row["size_bytes"]]
+    return data[row["offset_bytes"] : row["offset_bytes"] + row["size_bytes"]]
 
 
 def _prefix_is_whole(data: bytes, row: dict[str, Any], manifest: Manifest) -> bool:
     prefix = member_prefix(row["key"], manifest.tensor, manifest.dtype, tensor_shape(row, manifest))
-    return data[row["offset"] - len(prefix) : row["offset"]] == prefix
+    return data[row["offset_bytes"] - len(prefix) : row["offset_bytes"]] == prefix

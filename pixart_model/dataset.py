@@ -129,11 +129,13 @@ class Dataset:
         places = pc.index_in(images.index["key"], value_set=texts.index["key"])
         matched = pc.is_valid(places)
         table = images.index.filter(matched)
-        self._image = _columns(table, ("offset", "size_bytes", "crc32", "original_height_px", "original_width_px"))
+        self._image = _columns(
+            table, ("offset_bytes", "size_bytes", "crc32", "original_height_px", "original_width_px")
+        )
         self._image |= _columns(table, ("height_px", "width_px"))
         self._keys, self._image_shards = table["key"], table["shard"]
         text = texts.index.take(places.filter(matched))
-        self._text = _columns(text, ("offset", "size_bytes", "crc32", "num_tokens"))
+        self._text = _columns(text, ("offset_bytes", "size_bytes", "crc32", "num_tokens"))
         self._text_shards = text["shard"]
         buckets = table["bucket"].combine_chunks().dictionary_encode()
         self._bucket_of: Rows = buckets.indices.to_numpy(zero_copy_only=False).astype(np.int64)
@@ -258,7 +260,7 @@ class Dataset:
             epoch, first = epoch + 1, 0
 
     def _moments(self, row: int, key: str) -> npt.NDArray[np.float16]:
-        place = {name: int(self._image[name][row]) for name in ("offset", "size_bytes", "crc32")}
+        place = {name: int(self._image[name][row]) for name in ("offset_bytes", "size_bytes", "crc32")}
         data = _checked(self.images, self._image_shards[row].as_py(), place, key)
         canvas = {name: int(self._image[name][row]) for name in ("height_px", "width_px")}
         shape = tensor_shape(canvas, self.images.manifest)
@@ -267,7 +269,7 @@ class Dataset:
         return np.frombuffer(data, dtype=np.float16).reshape(shape)
 
     def _caption(self, row: int, key: str) -> npt.NDArray[np.int16]:
-        place = {name: int(self._text[name][row]) for name in ("offset", "size_bytes", "crc32", "num_tokens")}
+        place = {name: int(self._text[name][row]) for name in ("offset_bytes", "size_bytes", "crc32", "num_tokens")}
         return self._read_text(self._text_shards[row].as_py(), place, key)
 
     def _read_text(self, shard: str, place: dict[str, Any], key: str) -> npt.NDArray[np.int16]:
@@ -324,7 +326,7 @@ def _columns(table: pa.Table, names: Sequence[str]) -> dict[str, Rows]:
 
 
 def _checked(features: FeatureSet, shard: str, place: dict[str, Any], key: str) -> bytes:
-    data = features.read_bytes(shard, int(place["offset"]), int(place["size_bytes"]))
+    data = features.read_bytes(shard, int(place["offset_bytes"]), int(place["size_bytes"]))
     if zlib.crc32(data) != int(place["crc32"]):
         raise DataError(
             f"{features.root / shard}: sample {key} is damaged: its checksum differs from the index; "

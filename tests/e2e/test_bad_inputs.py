@@ -144,7 +144,11 @@ def test_too_many_rejected_rows_fail_the_finished_job(miniatures, job_file, tmp_
 
 @pytest.mark.parametrize(
     ("command", "section", "key"),
-    [("caption", "captioner", "captioner.model"), ("extract", "image", "image.model"), ("extract", "text", "text.model")],
+    [
+        ("caption", "captioner", "captioner.model"),
+        ("extract", "image", "image.model"),
+        ("extract", "text", "text.model"),
+    ],
 )
 @pytest.mark.parametrize("model", ["./no/such/folder", "no-such-owner/no-such-model"])
 def test_a_missing_model_is_one_clear_line(pictures, job_file, tmp_path, capsys, command, section, key, model):

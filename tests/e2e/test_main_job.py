@@ -105,18 +105,18 @@ def test_tars_open_with_webdataset(world):
 
 def test_the_index_addresses_every_tensor_for_other_tools_too(world):
     root = world / "features/text"
-    for key, shard, offset, size_bytes, num_tokens in duckdb.sql(
-        f"select key, shard, offset, size_bytes, num_tokens from '{root}/index.parquet'"
+    for key, shard, offset_bytes, size_bytes, num_tokens in duckdb.sql(
+        f"select key, shard, offset_bytes, size_bytes, num_tokens from '{root}/index.parquet'"
     ).fetchall():
         with (root / shard).open("rb") as file:
-            file.seek(offset)
+            file.seek(offset_bytes)
             data = file.read(size_bytes)
         by_index = torch.frombuffer(bytearray(data), dtype=torch.bfloat16).reshape(num_tokens, 64)
         with tarfile.open(root / shard) as tar:
             by_name = load_safetensors(tar.extractfile(f"{key}.safetensors").read())["t5"]
         assert torch.equal(by_index, by_name)
         assert num_tokens <= 30
-        assert offset % 64 == 0
+        assert offset_bytes % 64 == 0
     assert pl.read_parquet(root / "index.parquet").height == 12
 
 
@@ -144,7 +144,7 @@ def test_a_picture_decoded_from_its_moments_matches_direct_encoding(world, pictu
     features = FeatureSet(world / "features/256px")
     row = next(row for row in images(world) if row["key"] == "pictures/farm")
     shape = (2, 4, row["height_px"] // 8, row["width_px"] // 8)
-    stored = features.read_tensor(row["shard"], row["offset"], row["size_bytes"], shape)
+    stored = features.read_tensor(row["shard"], row["offset_bytes"], row["size_bytes"], shape)
     bucket = Bucket(row["bucket"], row["height_px"], row["width_px"])
     pixels = fit(decode((pictures / "farm.jpg").read_bytes(), max_pixels=10**8).image, bucket)
     x = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
@@ -218,7 +218,7 @@ def test_verify_passes_then_names_the_damaged_sample(world, capsys):
     path = world / "features/256px" / row["shard"]
     whole = path.read_bytes()
     # in the tensor, in the tar header, in the safetensors header, in the padding after the last sample
-    for place in (row["offset"] + 7, row["offset"] - 640 + 3, row["offset"] - 20, len(whole) - 1):
+    for place in (row["offset_bytes"] + 7, row["offset_bytes"] - 640 + 3, row["offset_bytes"] - 20, len(whole) - 1):
         damaged = bytearray(whole)
         damaged[place] ^= 1
         path.write_bytes(damaged)

@@ -19,7 +19,10 @@ def run(capsys, *words):
         ('output = "o"\n[source]\npaths = "x"\n', "source.paths: expected list, got 'x'"),
         ('output = "o"\n[source]\npaths = ["x"]\nrows_per_unit = 0\n', "greater than or equal to 1, got 0"),
         ('[source]\npaths = ["x"]\n', "output: required, and missing"),
-        ('output = "o"\n[source]\npaths = ["x"]\n[captioner]\ntemperature = "hot"\n', "captioner.temperature: expected"),
+        (
+            'output = "o"\n[source]\npaths = ["x"]\n[captioner]\ntemperature = "hot"\n',
+            "captioner.temperature: expected",
+        ),
         ('output = "o"\n[source]\npaths = ["x"]\n[captioner]\nprompt_with_caption = "hm"\n', "{caption}"),
         ("output = \n", "not valid TOML"),
     ],
@@ -110,7 +113,9 @@ def test_sampling_without_prompts_says_what_to_add(capsys, tmp_path):
 def test_a_missing_package_names_the_extra(tmp_path):
     path = tmp_path / "job.toml"
     path.write_text(f'output = "{tmp_path}/o"\n[source]\npaths = ["{tmp_path}"]\n')
-    code = f"import sys; sys.modules['ray'] = None; from jobs.cli import main; sys.exit(main(['caption', {str(path)!r}]))"
+    code = (
+        f"import sys; sys.modules['ray'] = None; from jobs.cli import main; sys.exit(main(['caption', {str(path)!r}]))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.strip() == "pixart caption: package ray is not installed; pip install 'pixart-toolkit[data]'"

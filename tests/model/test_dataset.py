@@ -72,10 +72,10 @@ def test_a_batch_is_what_the_sets_hold(dataset, features):
         for i, key in enumerate(batch.keys):
             row, text = image_rows[key], text_rows[key]
             shape = (2, 4, row["height_px"] // 8, row["width_px"] // 8)
-            expected = images.read_tensor(row["shard"], row["offset"], row["size_bytes"], shape)
+            expected = images.read_tensor(row["shard"], row["offset_bytes"], row["size_bytes"], shape)
             np.testing.assert_array_equal(batch.moments[i].numpy(), expected)
             n = text["num_tokens"]
-            tokens = texts.read_tensor(text["shard"], text["offset"], text["size_bytes"], (n, 24))
+            tokens = texts.read_tensor(text["shard"], text["offset_bytes"], text["size_bytes"], (n, 24))
             np.testing.assert_array_equal(batch.text[i, :n].view(torch.int16).numpy().view(np.uint16), tokens)
             assert not batch.text[i, n:].any()
             assert batch.mask[i].tolist() == [j < n for j in range(batch.text.shape[1])]
@@ -104,9 +104,9 @@ def test_a_damaged_sample_is_named(copy):
     path = copy / "256px" / row["shard"]
     path.chmod(0o644)
     with path.open("r+b") as file:
-        file.seek(row["offset"] + 3)
+        file.seek(row["offset_bytes"] + 3)
         byte = file.read(1)
-        file.seek(row["offset"] + 3)
+        file.seek(row["offset_bytes"] + 3)
         file.write(bytes([byte[0] ^ 1]))
     dataset = open_dataset(Data(features=str(copy), batch_size=4))
     with pytest.raises(DataError, match=f"sample {row['key']} is damaged: its checksum"):
