@@ -9,6 +9,7 @@ class Inspect(Section):
     """`pixart inspect`: what a dataset, a table of captions, a checkpoint or a shard holds."""
 
     path: LocalPath
+    """What to show."""
     num_samples: int = Field(default=3, ge=0)
     """How many samples to show of each part."""
 
@@ -17,3 +18,4 @@ class Verify(Section):
     """`pixart verify`: re-read every byte of a dataset or a table of captions."""
 
     path: LocalPath
+    """A dataset, a feature set, or the output directory of a stage."""

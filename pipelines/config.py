@@ -42,7 +42,9 @@ class CaptionSet(Section):
     name: str = Field(min_length=1)
     """As the report shows it."""
     path: LocalPath
+    """The output directory of `caption`, a file, or a folder of files."""
     column: str = "caption"
+    """The column to count."""
 
 
 class Stats(Section):

@@ -35,6 +35,8 @@ class Run:
         build: Builds the stage inside a worker; picklable.
         swept: Directories in which files that no record names are deleted, with the suffixes that are ours.
         count: The number of rows in a unit, for `--dry-run`.
+        per_cpu: Without `cluster.num_workers`, a worker for each CPU: the stage loads no large model.
+        judged: Whether rejected rows count against `cluster.max_rejected`.
     """
 
     stage: str
@@ -47,6 +49,7 @@ class Run:
     suffixes: tuple[str, ...]
     count: Callable[[Any], int]
     per_cpu: bool = False
+    judged: bool = True
 
 
 @dataclass
@@ -145,7 +148,8 @@ def execute(run: Run, job: Section, finish: Callable[[list[Record]], None] | Non
             finish(records)
         sweep(run.root, run.swept(), run.suffixes)
     account = Account.of(records)
-    _judge(run, account)
+    if run.judged:
+        _judge(run, account)
     return account
 
 

@@ -91,6 +91,7 @@ def prepare(job: Stats, download: bool) -> Run:
         suffixes=(".parquet",),
         count=lambda unit: count_captions(unit.file),
         per_cpu=True,
+        judged=False,  # an image without a caption of its own is no fault of the counting
     )
 
 

@@ -159,7 +159,7 @@ def read_records(root: Path) -> dict[str, Record]:
             fields = json.loads(path.read_text())
             fields["files"] = [PublishedFile(**file) for file in fields["files"]]
             record = Record(**fields)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, DataError) as error:
             raise DataError(f"{path}: not a commit record ({error}); delete it to have its unit redone") from error
         records[record.unit] = record
     return records

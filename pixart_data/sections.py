@@ -44,12 +44,15 @@ class Captioner(Section):
     prompt: str = PAPER_PROMPT
     """The paper's prompt, for images without a caption of their own."""
     prompt_with_caption: str | None = None
-    """For images with a raw caption, quoted as `{caption}`; unset, they get `prompt` too. LAION: see docs."""
+    """For images with a raw caption, quoted as `{caption}`; unset, they get `prompt` too."""
     max_new_tokens: int = Field(default=512, ge=1)
+    """Longer answers are cut off, which their `finish_reason` says."""
     batch_size: int = Field(default=16, ge=1)
+    """Images that are described at once."""
     temperature: float = Field(default=0.0, ge=0.0)
     """0 decodes greedily."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Share of the probability that sampling draws from."""
     seed: int = 0
     """Of the sampling, when the temperature is above 0; every unit draws from (seed, unit)."""
     min_side_px: int = Field(default=672, ge=1)
@@ -57,6 +60,7 @@ class Captioner(Section):
     dtype: Dtype = "auto"
     """`auto`: bf16 on a GPU, fp32 on a CPU."""
     device: Device = "auto"
+    """`auto`: a GPU if there is one."""
 
     @model_validator(mode="after")
     def _quotes_the_caption(self) -> Self:
@@ -73,11 +77,15 @@ class ImageFeatures(Section):
     subfolder: str | None = None
     """Folder of the model inside its repository, e.g. `vae`."""
     revision: str | None = None
+    """Branch, tag or commit on the hub."""
     resolution_px: Literal[256, 512, 1024] = 256
+    """Side of the square with the area of a bucket; picks one of the reference's three tables of 40 buckets."""
     batch_size: int = Field(default=16, ge=1)
+    """Images of one bucket that are encoded at once."""
     dtype: Dtype = "auto"
     """`auto`: bf16 on a GPU, fp32 on a CPU; features are stored as fp16 either way."""
     device: Device = "auto"
+    """`auto`: a GPU if there is one."""
     set: str | None = None
     """Name of the feature set; `256px` for resolution 256."""
 
@@ -97,7 +105,9 @@ class TextFeatures(Section):
     tokenizer_subfolder: str | None = None
     """Folder of the tokenizer inside the repository, e.g. `tokenizer`."""
     revision: str | None = None
+    """Branch, tag or commit on the hub."""
     max_tokens: int = Field(default=120, ge=1)
+    """Longer captions are cut, which the index records."""
     cleaning: Literal["whitespace-1"] = "whitespace-1"
     """The versioned text-cleaning policy, shared by training and sampling."""
     batch_tokens: int = Field(default=4096, ge=1)
@@ -105,5 +115,6 @@ class TextFeatures(Section):
     dtype: Dtype = "auto"
     """`auto`: bf16 on a GPU, fp32 on a CPU; features are stored as bf16 either way."""
     device: Device = "auto"
+    """`auto`: a GPU if there is one."""
     set: str = Field(default="text", min_length=1)
     """Name of the feature set."""

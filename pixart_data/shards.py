@@ -210,10 +210,14 @@ def read_manifest(root: Path) -> Manifest:
         raise DataError(f"{root}: no {MANIFEST}: not a finished feature set; run `pixart extract` to its end") from None
     except ValueError as error:
         raise DataError(f"{path}: not valid JSON ({error}); run `pixart extract` again to rewrite it") from error
-    if fields.get("format") != FORMAT or fields.get("version") != FORMAT_VERSION:
-        found = f"{fields.get('format')} version {fields.get('version')}"
+    kind = (fields.get("format"), fields.get("version")) if isinstance(fields, dict) else (type(fields).__name__, "?")
+    if kind != (FORMAT, FORMAT_VERSION):
+        found = f"{kind[0]} version {kind[1]}"
         raise DataError(f"{path}: expected {FORMAT} version {FORMAT_VERSION}, found {found}; extract again")
-    return Manifest(**fields)
+    try:
+        return Manifest(**fields)
+    except TypeError as error:
+        raise DataError(f"{path}: not a complete manifest ({error}); run `pixart extract` again") from error
 
 
 def feature_sets(root: Path) -> dict[str, Path]:

@@ -4,7 +4,7 @@ import hashlib
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +63,15 @@ def _verify_set(root: Path) -> Iterator[Finding]:
         return
     yield Finding(index_path, index_path.stat().st_size)
     rows = _rows_by_shard(index_path, manifest)
+    remedy = {
+        file.path: f"delete {root / COMMITS / record.unit}.json and extract again: only that shard is redone"
+        for record in read_records(root).values()
+        for file in record.files
+    }
     for shard in manifest.shards:
-        yield from _verify_shard(root / shard["path"], shard, rows.pop(shard["path"], []), manifest)
+        for finding in _verify_shard(root / shard["path"], shard, rows.pop(shard["path"], []), manifest):
+            advice = f"; {remedy.get(shard['path'], 'extract again')}" if finding.problem else ""
+            yield replace(finding, problem=finding.problem + advice)
     for path, orphans in rows.items():
         yield Finding(root / path, 0, len(orphans), orphans[0]["key"], "in the index but not in the manifest")
 
@@ -92,7 +99,7 @@ def _verify_shard(
     if not whole and not damaged:
         damaged = [row["key"] for row in rows if not _prefix_is_whole(data, row, manifest)]
     for key in damaged:
-        yield Finding(path, len(data), len(rows), key, "damaged; delete the shard's commit record and extract again")
+        yield Finding(path, len(data), len(rows), key, "damaged")
     if not damaged and not whole:
         last = rows[-1]["key"] if rows else "?"
         yield Finding(path, len(data), len(rows), last, "damaged between samples or after this, the last one")

@@ -30,6 +30,7 @@ class Model(Section):
     width: int = Field(ge=4)
     """Channels of a token; a multiple of `heads` and of 4, and of 3 with micro-conditioning."""
     heads: int = Field(ge=1)
+    """Attention heads of a block."""
     mlp_ratio: float = Field(default=4.0, gt=0)
     """Hidden channels of a block's MLP over `width`."""
     patch: int = Field(default=2, ge=1)
@@ -115,7 +116,9 @@ class Optim(Section):
     weight_decay: float = Field(default=0.03, ge=0)
     """On every parameter. The repository's value; the paper says 0.05."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
+    """AdamW's decay of the gradient's mean."""
     beta2: float = Field(default=0.999, ge=0, lt=1)
+    """AdamW's decay of the gradient's square."""
     eps: float = Field(default=1e-10, gt=0)
     """The repository's value; the paper gives none."""
     clip_grad_norm: float = Field(default=0.01, gt=0)

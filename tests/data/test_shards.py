@@ -1,0 +1,244 @@
+import json
+import os
+import tarfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from safetensors.numpy import load as load_safetensors
+
+from pixart_data.commits import Record, publish, staging_path
+from pixart_data.errors import DataError
+from pixart_data.records import TEXT_INDEX
+from pixart_data.shards import FeatureSet, Manifest, ShardWriter, feature_sets, read_manifest, seal, tensor_shape
+
+WIDTH = 6
+MANIFEST = Manifest("text", "t5", "F16", {"width": WIDTH}, {}, {"rows_in": 0}, [])
+KEYS = ["a", "photos/summer/img_%41", "x" * 87, "x" * 88, "x" * 89, "x" * 100, "long/" + "y" * 160, "z/" * 200 + "z"]
+
+
+def tensor(seed, num_tokens=None):
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((num_tokens or 1 + seed % 5, WIDTH)).astype(np.float16)
+
+
+def write(path, samples, dtype="F16"):
+    with ShardWriter(path, "t5", dtype) as writer:
+        return {key: writer.add(key, values) for key, values in samples.items()}
+
+
+@pytest.fixture
+def shard(tmp_path):
+    samples = {key: tensor(i) for i, key in enumerate(KEYS)}
+    path = tmp_path / "shard.tar"
+    return path, samples, write(path, samples)
+
+
+def write_unit(root, unit, samples, rejected=()):
+    """What a stage does for one unit: a shard, an index part, and the record that names them."""
+    staged = staging_path(root / "shards", "s.tar")
+    places = write(staged, samples)
+    file = publish(staged, root, root / "shards", unit, ".tar")
+    rows = [{"key": k, "shard": file.path, "num_tokens": len(samples[k]), **asdict(p)} for k, p in places.items()]
+    rows += [{"key": key, "error": "bad_row", "detail": "d"} for key in rejected]
+    part = staging_path(root / "index", "s.parquet")
+    pq.write_table(pa.Table.from_pylist(rows, schema=TEXT_INDEX), part)
+    files = [file, publish(part, root, root / "index", unit, ".parquet")]
+    return Record(unit, "", {}, len(rows), len(places), {"bad_row": len(rejected)}, files)
+
+
+@pytest.fixture
+def features(tmp_path):
+    root = tmp_path / "run=3" / "text"
+    records = [
+        write_unit(root, unit, {f"{unit}/{i}": tensor(i + 3 * n) for i in range(4)}, rejected=[f"{unit}/bad"])
+        for n, unit in enumerate(["b", "a", "c"])
+    ]
+    seal(root, records, TEXT_INDEX, MANIFEST)
+    return root
+
+
+def test_the_same_samples_give_the_same_bytes(shard, tmp_path):
+    path, samples, places = shard
+    assert write(tmp_path / "again.tar", samples) == places
+    assert (tmp_path / "again.tar").read_bytes() == path.read_bytes()
+
+
+def test_python_s_tarfile_reads_every_sample(shard):
+    path, samples, _ = shard
+    with tarfile.open(path) as tar:
+        read = {member.name: load_safetensors(tar.extractfile(member).read()) for member in tar}
+    assert list(read) == [f"{key}.safetensors" for key in samples]
+    for key, values in samples.items():
+        np.testing.assert_array_equal(read[f"{key}.safetensors"]["t5"], values, strict=True)
+    assert path.stat().st_size % 512 == 0
+    assert path.read_bytes().endswith(bytes(1024))
+
+
+def test_webdataset_reads_every_sample(shard):
+    import webdataset
+
+    path, samples, _ = shard
+    read = {
+        sample["__key__"]: load_safetensors(sample["safetensors"])["t5"]
+        for sample in webdataset.WebDataset(str(path), shardshuffle=False)
+    }
+    assert read.keys() == samples.keys()
+    assert all(np.array_equal(read[key], samples[key]) for key in samples)
+
+
+def test_places_address_the_tensors_whatever_the_length_of_the_key(shard):
+    path, samples, places = shard
+    data = path.read_bytes()
+    for key, place in places.items():
+        stored = data[place.offset_bytes : place.offset_bytes + place.size_bytes]
+        assert stored == samples[key].tobytes()
+        assert zlib.crc32(stored) == place.crc32
+        assert place.offset_bytes % 64 == 0
+
+
+def test_tensors_of_any_layout_are_stored_in_row_order(tmp_path):
+    values = np.arange(24, dtype=np.float32).reshape(4, 6)
+    place = write(tmp_path / "s.tar", {"k": values.T[::2]}, dtype="F32")["k"]
+    with tarfile.open(tmp_path / "s.tar") as tar:
+        read = load_safetensors(tar.extractfile("k.safetensors").read())["t5"]
+    np.testing.assert_array_equal(read, values.T[::2], strict=True)
+    assert place.size_bytes == 3 * 4 * 4
+
+
+def test_bf16_is_stored_as_its_bits(tmp_path):
+    import torch
+    from safetensors.torch import load
+
+    values = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    write(tmp_path / "s.tar", {"k": values.view(torch.int16).numpy().view(np.uint16)}, dtype="BF16")
+    with tarfile.open(tmp_path / "s.tar") as tar:
+        assert torch.equal(load(tar.extractfile("k.safetensors").read())["t5"], values)
+
+
+@pytest.mark.parametrize(("dtype", "wrong"), [("F16", np.float32), ("F32", np.float64), ("BF16", np.float16)])
+def test_a_tensor_of_another_type_is_refused(tmp_path, dtype, wrong):
+    with ShardWriter(tmp_path / "s.tar", "t5", dtype) as writer:
+        with pytest.raises(ValueError, match=f"k: expected {dtype}, got {np.dtype(wrong)}"):
+            writer.add("k", np.zeros((1, WIDTH), wrong))
+
+
+def test_an_empty_shard_is_an_empty_tar(tmp_path):
+    write(tmp_path / "s.tar", {})
+    with tarfile.open(tmp_path / "s.tar") as tar:
+        assert tar.getnames() == []
+
+
+def test_a_sealed_set_reads_back_in_the_order_of_its_records(features):
+    opened = FeatureSet(features)
+    assert opened.index["key"].to_pylist() == [f"{unit}/{i}" for unit in "bac" for i in range(4)]
+    assert len(opened) == 12
+    assert "error" not in opened.index.column_names
+    row = opened.index.to_pylist()[5]
+    shape = tensor_shape(row, opened.manifest)
+    values = opened.read_tensor(row["shard"], row["offset_bytes"], row["size_bytes"], shape)
+    np.testing.assert_array_equal(values, tensor(1 + 3), strict=True)
+    assert pq.read_table(features / "rejected.parquet")["key"].to_pylist() == ["b/bad", "a/bad", "c/bad"]
+    opened.close()
+
+
+def test_sealing_twice_gives_the_same_files(features):
+    names = ("manifest.json", "index.parquet", "rejected.parquet")
+    before = [(features / name).read_bytes() for name in names]
+    records = [write_unit(features, u, {f"{u}/{i}": tensor(i + 3 * n) for i in range(4)}, [f"{u}/bad"]) for n, u in enumerate("bac")]
+    seal(features, records, TEXT_INDEX, MANIFEST)
+    assert [(features / name).read_bytes() for name in names] == before
+
+
+def test_a_key_that_occurs_twice_is_named_and_nothing_is_sealed(tmp_path):
+    records = [write_unit(tmp_path, unit, {key: tensor(1) for key in ("k/0", f"{unit}/1")}) for unit in ("a", "b")]
+    with pytest.raises(DataError, match="key k/0 occurs twice"):
+        seal(tmp_path, records, TEXT_INDEX, MANIFEST)
+    assert not (tmp_path / "manifest.json").exists()
+
+
+def test_a_set_without_samples_is_sealed_too(tmp_path):
+    seal(tmp_path, [], TEXT_INDEX, MANIFEST)
+    opened = FeatureSet(tmp_path)
+    assert len(opened) == 0
+    assert opened.index.column_names == [name for name in TEXT_INDEX.names if name not in ("error", "detail")]
+
+
+def test_many_threads_read_one_set(features):
+    opened = FeatureSet(features)
+    rows = opened.index.to_pylist() * 50
+
+    def read(row):
+        return opened.read_tensor(row["shard"], row["offset_bytes"], row["size_bytes"], (row["num_tokens"], WIDTH))
+
+    before = len(os.listdir("/proc/self/fd"))
+    with ThreadPoolExecutor(16) as threads:
+        results = list(threads.map(read, rows))
+    assert len(os.listdir("/proc/self/fd")) == before + 3
+    for row, values in zip(rows, results, strict=True):
+        unit, i = row["key"].split("/")
+        assert np.array_equal(values, tensor(int(i) + 3 * "bac".index(unit)))
+    opened.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert np.array_equal(read(rows[0]), tensor(0))  # a closed set opens its shards again
+    opened.close()
+
+
+def test_a_missing_shard_is_a_data_error(features):
+    opened = FeatureSet(features)
+    row = opened.index.to_pylist()[0]
+    (features / row["shard"]).unlink()
+    with pytest.raises(DataError, match=rf"{row['shard']}: cannot be opened \(No such file or directory\); extract"):
+        opened.read_bytes(row["shard"], row["offset_bytes"], row["size_bytes"])
+
+
+def test_a_shard_that_was_cut_off_is_a_data_error(features):
+    opened = FeatureSet(features)
+    first, *_, last = [row for row in opened.index.to_pylist() if row["key"].startswith("a/")]
+    os.truncate(features / last["shard"], last["offset_bytes"] + last["size_bytes"] - 1)
+    assert opened.read_bytes(first["shard"], first["offset_bytes"], first["size_bytes"])
+    with pytest.raises(DataError, match=f"ends early; `pixart verify {features}` names the samples lost"):
+        opened.read_bytes(last["shard"], last["offset_bytes"], last["size_bytes"])
+    opened.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (None, "not a finished feature set; run `pixart extract` to its end"),
+        ("", "not valid JSON"),
+        ('{"format": "pix', "not valid JSON"),
+        ('{"format": "other", "version": 1}', "expected pixart-features version 1, found other version 1; extract"),
+        ('{"format": "pixart-features", "version": 2}', "found pixart-features version 2"),
+        ("[]", r"manifest\.json: "),
+        ('{"format": "pixart-features", "version": 1}', r"manifest\.json: "),
+    ],
+)
+def test_a_manifest_that_cannot_be_used_is_a_data_error(tmp_path, text, expected):
+    if text is not None:
+        (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(DataError, match=expected):
+        read_manifest(tmp_path)
+
+
+def test_a_manifest_reads_back_as_sealed(features):
+    manifest = read_manifest(features)
+    assert manifest == Manifest(**{**asdict(MANIFEST), "index_sha256": manifest.index_sha256})
+    assert json.loads((features / "manifest.json").read_text())["format"] == "pixart-features"
+
+
+def test_sets_are_found_by_name_and_a_set_is_itself(features):
+    assert feature_sets(features.parent) == {"text": features}
+    assert feature_sets(features) == {"text": features}
+    (features / "manifest.json").unlink()
+    assert feature_sets(features.parent) == {}
+
+
+def test_shapes_follow_from_the_index():
+    image = Manifest("image", "moments", "F16", {"channels": 4, "downsampling": 8}, {}, {}, [])
+    assert tensor_shape({"height_px": 128, "width_px": 512}, image) == (2, 4, 16, 64)
+    assert tensor_shape({"num_tokens": 7}, MANIFEST) == (7, WIDTH)
