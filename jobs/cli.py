@@ -7,6 +7,7 @@ a mistyped job file answer at once.
 import argparse
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,6 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for line in str(error).splitlines():
             print(f"pixart {name}: {line}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # `pixart inspect ... | head` has seen enough; keep Python from complaining at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print(f"pixart {name}: stopped; run the same command again to go on where it was", file=sys.stderr)
         return 130

@@ -1,7 +1,6 @@
 """`pixart stats`: caption tables to noun counts, one part for each file, then one report beside the paper's Table 1."""
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pixart_data.commits import Record, publish, read_records, staging_path, wri
 from pixart_data.nouns import NounCounts, NounStats, build_tagger, count_nouns, find_tagger, summarise
 from pixart_data.records import SCHEMA_VERSION
 from pixart_data.reports import html_page, to_json
+from pixart_data.units import encode_name
 
 STAGE = "stats"
 JSON_FILE = "stats.json"
@@ -115,7 +115,7 @@ def read_stats(job: Stats) -> dict[str, NounStats]:
 
 
 def _units(caption_set: CaptionSet) -> Iterator[CountUnit]:
-    name = re.sub(r"[^A-Za-z0-9_-]+", "-", caption_set.name)
+    name = encode_name(caption_set.name)
     for file in caption_files(Path(caption_set.path), f"sets.{caption_set.name}.path"):
         yield CountUnit(f"{name}--{file.id}", caption_set.name, file, caption_set.column)
 

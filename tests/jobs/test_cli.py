@@ -131,3 +131,17 @@ def test_help_starts_without_torch_and_ray():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "submit" in done.stdout
+
+
+def test_a_reader_that_has_seen_enough_is_no_bug(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({f"column_{i}": [i] for i in range(5000)}), tmp_path / "wide.parquet")
+    command = [sys.executable, "-m", "jobs.cli", "inspect", str(tmp_path / "wide.parquet")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait() == 141
