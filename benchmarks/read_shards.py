@@ -304,7 +304,7 @@ def main() -> None:
     description = (__doc__ or "").split("\n", 1)[0]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.read_shards", description=description)
     parser.add_argument("--samples", type=_positive, default=256, help="2.5 MB of disk each (default: %(default)s)")
-    parser.add_argument("--rounds", type=_positive, default=7, help="turns of each reader (default: %(default)s)")
+    parser.add_argument("--rounds", type=_positive, default=5, help="turns of each reader (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -314,9 +314,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="read_shards-") as root:
         results = measure(Path(root), options.samples, options.rounds)
     sys.stdout.write(table(results) + "\n")
-    sys.stdout.write(", ".join(f"{name} {value}" for name, value in facts.items()) + "\n")
+    settings = {"samples": options.samples, "rounds": options.rounds}
+    sys.stdout.write(", ".join(f"{name} {value}" for name, value in {**settings, **facts}.items()) + "\n")
     if options.json:
-        settings = {"samples": options.samples, "rounds": options.rounds}
         report = {"machine": facts, "settings": settings, "results": [asdict(result) for result in results]}
         options.json.write_text(json.dumps(report, indent=1) + "\n")
 

@@ -158,7 +158,13 @@ class FeatureSet:
         return int(self.index.num_rows)
 
     def read_bytes(self, shard: str, offset_bytes: int, size_bytes: int) -> bytes:
-        """Return `size_bytes` from a shard with one positioned read.
+        """Return `size_bytes` from a shard with one positioned read; raises as `read_into` does."""
+        data = bytearray(size_bytes)
+        self.read_into(shard, offset_bytes, memoryview(data))
+        return bytes(data)
+
+    def read_into(self, shard: str, offset_bytes: int, buffer: memoryview) -> None:
+        """Fill `buffer`, whose items are single bytes, from a shard with one positioned read.
 
         Raises:
             DataError: If the shard is missing or too short.
@@ -172,18 +178,18 @@ class FeatureSet:
                 raise DataError(f"{self.root / shard}: cannot be opened ({error.strerror}); extract again") from error
             descriptor = self._keep(shard, descriptor)
         try:
-            data = os.pread(descriptor, size_bytes, offset_bytes)
+            num_read = os.preadv(descriptor, [buffer], offset_bytes)
         except OSError as error:
             why = f"{error.strerror}; check the storage, then run again"
             raise JobError(f"{self.root / shard}: cannot be read: {why}") from error
-        if len(data) != size_bytes:
+        if num_read != len(buffer):
             raise DataError(f"{self.root / shard}: ends early; `pixart verify {self.root}` names the samples lost")
-        return data
 
     def read_tensor(self, shard: str, offset_bytes: int, size_bytes: int, shape: Sequence[int]) -> npt.NDArray[Any]:
         """Return a tensor; BF16 comes as uint16 bits, for `torch.Tensor.view(torch.bfloat16)`."""
-        data = self.read_bytes(shard, offset_bytes, size_bytes)
-        return np.frombuffer(data, dtype=_DTYPES[self.manifest.dtype]).reshape(shape)
+        data = np.empty(size_bytes, np.uint8)
+        self.read_into(shard, offset_bytes, data.data)
+        return data.view(_DTYPES[self.manifest.dtype]).reshape(shape)
 
     def _keep(self, shard: str, descriptor: int) -> int:
         kept = self._descriptors.setdefault(shard, descriptor)

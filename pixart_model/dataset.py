@@ -187,13 +187,18 @@ class Dataset:
         place = self.texts.manifest.model.get("null")
         if not place:
             raise DataError(f"{self.texts.root}: no features of the empty caption; extract the text set again")
-        tokens = self._read_text(place["path"], place, "the empty caption")
-        return torch.from_numpy(tokens.copy()).view(torch.bfloat16)  # (n, D)
+        tokens = np.empty(tensor_shape(place, self.texts.manifest), np.int16)
+        _read_checked(self.texts, place["path"], place, "the empty caption", tokens)
+        return torch.from_numpy(tokens).view(torch.bfloat16)  # (n, D)
 
     def first_captions(self, count: int) -> list[Tensor]:
         """Return the captions of the first samples in the index, bf16 (n_i, D) each."""
-        captions = [self._caption(row, self._keys[row].as_py()) for row in range(min(count, len(self)))]
-        return [torch.from_numpy(caption.copy()).view(torch.bfloat16) for caption in captions]
+        captions = []
+        for row in range(min(count, len(self))):
+            shape = tensor_shape({"num_tokens": int(self._text["num_tokens"][row])}, self.texts.manifest)
+            captions.append(np.empty(shape, np.int16))
+            self._read_caption(row, self._keys[row].as_py(), captions[-1])
+        return [torch.from_numpy(caption).view(torch.bfloat16) for caption in captions]
 
     def commonest_bucket(self) -> Bucket:
         """Return the bucket with the most samples."""
@@ -232,16 +237,22 @@ class Dataset:
             DataError: Naming the sample that is damaged or missing.
         """
         keys = [self._keys[int(row)].as_py() for row in rows]
-        moments = np.stack([self._moments(int(row), key) for row, key in zip(rows, keys, strict=True)])
-        captions = [self._caption(int(row), key) for row, key in zip(rows, keys, strict=True)]
-        text, mask = pad([torch.from_numpy(caption.copy()).view(torch.bfloat16) for caption in captions])
+        lengths = self._text["num_tokens"][rows]  # (B,)
+        moments = np.empty((len(rows), *self._moments_shape(int(rows[0]))), np.float16)
+        text = np.empty((len(rows), lengths.max(), self.texts.manifest.model["width"]), np.int16)
+        for row, key, one_moments, one_text in zip(rows, keys, moments, text, strict=True):
+            self._read_moments(int(row), key, one_moments)
+            num_tokens = self._text["num_tokens"][row]
+            self._read_caption(int(row), key, one_text[:num_tokens])
+            one_text[num_tokens:] = 0
+        mask = np.arange(text.shape[1]) < lengths[:, None]
         sizes = [self._image[name][rows] for name in ("original_height_px", "original_width_px")]
         ratios = [self._ratios[self._bucket_of[row]] for row in rows]
         return Batch(
             keys,
             torch.from_numpy(moments),  # (B, 2, C, H, W)
-            text,  # (B, L, D)
-            mask,  # (B, L)
+            torch.from_numpy(text).view(torch.bfloat16),  # (B, L, D)
+            torch.from_numpy(mask),  # (B, L)
             torch.from_numpy(np.stack(sizes, axis=1)).float(),  # (B, 2)
             torch.tensor(ratios, dtype=torch.float32),  # (B,)
         )
@@ -259,25 +270,17 @@ class Dataset:
                 yield Position(start.seed, epoch, step), plan[step]
             epoch, first = epoch + 1, 0
 
-    def _moments(self, row: int, key: str) -> npt.NDArray[np.float16]:
-        place = {name: int(self._image[name][row]) for name in ("offset_bytes", "size_bytes", "crc32")}
-        data = _checked(self.images, self._image_shards[row].as_py(), place, key)
+    def _moments_shape(self, row: int) -> tuple[int, ...]:
         canvas = {name: int(self._image[name][row]) for name in ("height_px", "width_px")}
-        shape = tensor_shape(canvas, self.images.manifest)
-        if len(data) != 2 * int(np.prod(shape)):
-            raise DataError(f"{self.images.root}: {key}: expected moments {shape} in fp16, found {len(data)} bytes")
-        return np.frombuffer(data, dtype=np.float16).reshape(shape)
+        return tensor_shape(canvas, self.images.manifest)
 
-    def _caption(self, row: int, key: str) -> npt.NDArray[np.int16]:
-        place = {name: int(self._text[name][row]) for name in ("offset_bytes", "size_bytes", "crc32", "num_tokens")}
-        return self._read_text(self._text_shards[row].as_py(), place, key)
+    def _read_moments(self, row: int, key: str, out: npt.NDArray[np.float16]) -> None:
+        place = {name: int(self._image[name][row]) for name in ("offset_bytes", "size_bytes", "crc32")}
+        _read_checked(self.images, self._image_shards[row].as_py(), place, key, out)
 
-    def _read_text(self, shard: str, place: dict[str, Any], key: str) -> npt.NDArray[np.int16]:
-        data = _checked(self.texts, shard, place, key)
-        shape = tensor_shape(place, self.texts.manifest)
-        if len(data) != 2 * int(np.prod(shape)):
-            raise DataError(f"{self.texts.root}: {key}: expected tokens {shape} in bf16, found {len(data)} bytes")
-        return np.frombuffer(data, dtype=np.int16).reshape(shape)
+    def _read_caption(self, row: int, key: str, out: npt.NDArray[np.int16]) -> None:
+        place = {name: int(self._text[name][row]) for name in ("offset_bytes", "size_bytes", "crc32")}
+        _read_checked(self.texts, self._text_shards[row].as_py(), place, key, out)
 
 
 def open_dataset(data: Data) -> Dataset:
@@ -325,14 +328,21 @@ def _columns(table: pa.Table, names: Sequence[str]) -> dict[str, Rows]:
     return {name: table[name].to_numpy().astype(np.int64) for name in names}
 
 
-def _checked(features: FeatureSet, shard: str, place: dict[str, Any], key: str) -> bytes:
-    data = features.read_bytes(shard, int(place["offset_bytes"]), int(place["size_bytes"]))
+def _read_checked(
+    features: FeatureSet, shard: str, place: dict[str, Any], key: str, out: npt.NDArray[np.float16 | np.int16]
+) -> None:
+    """Read a tensor into `out`, which is contiguous."""
+    if out.nbytes != int(place["size_bytes"]):
+        tensor, dtype = features.manifest.tensor, features.manifest.dtype
+        found = f"found {place['size_bytes']} bytes"
+        raise DataError(f"{features.root}: {key}: expected {tensor} {out.shape} in {dtype}, {found}")
+    data = out.reshape(-1).view(np.uint8).data
+    features.read_into(shard, int(place["offset_bytes"]), data)
     if zlib.crc32(data) != int(place["crc32"]):
         raise DataError(
             f"{features.root / shard}: sample {key} is damaged: its checksum differs from the index; "
             f"`pixart verify {features.root}` names all such samples"
         )
-    return data
 
 
 def _shuffled(count: int, seed: int, epoch: int, purpose: int) -> Rows:
