@@ -134,7 +134,10 @@ class Pool:
                 self._spawn()
                 self._retry(unit, f"its worker died ({_last_line(error)})")
             except RayTaskError as error:
+                self._idle.append(worker)
                 self._raise_if_final(error)
+                self._retry(unit, _last_line(error))
+            except RayError as error:  # among them: an exception that cannot be unpickled here
                 self._idle.append(worker)
                 self._retry(unit, _last_line(error))
             else:
@@ -146,6 +149,7 @@ class Pool:
         try:
             ray.get(reference)
         except RayTaskError as error:
+            self._idle.append(worker)  # to be ended with the others
             self._raise_if_final(error)
             raise
         except RayActorError as error:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from pixart_data import sections
 from pixart_data.errors import ConfigError
-from pixart_data.models import loading, placement, provenance
+from pixart_data.models import loading, placement, provenance, require_weights
 
 SETTING = "captioner.model"
 
@@ -45,9 +45,10 @@ class Captioner:
         with loading(SETTING, config.model):
             _allow_missing_torchvision()
             self.processor = AutoProcessor.from_pretrained(config.model, revision=config.revision)
-            self.model = AutoModelForImageTextToText.from_pretrained(
-                config.model, revision=config.revision, dtype=self.placement.dtype
+            self.model, info = AutoModelForImageTextToText.from_pretrained(
+                config.model, revision=config.revision, dtype=self.placement.dtype, output_loading_info=True
             )
+            require_weights(info)
         self.model.to(self.placement.device).eval()
         self.tokenizer = self.processor.tokenizer
         self.tokenizer.padding_side = "left"
@@ -64,9 +65,16 @@ class Captioner:
         return batch | {"answer": self.describe(batch["image"], prompts)}
 
     def prompt(self, raw_caption: str | None) -> str:
-        """Return the words to ask with: the quoting prompt where there is a raw caption to quote."""
-        if self.config.prompt_with_caption and raw_caption and raw_caption.strip():
-            return self.config.prompt_with_caption.replace("{caption}", " ".join(raw_caption.split()))
+        """Return the words to ask with: the quoting prompt where there is a raw caption to quote.
+
+        Special tokens in a raw caption are dropped: `<image>` in it would stand for a second image.
+        """
+        words = raw_caption or ""
+        for token in self.tokenizer.all_special_tokens:
+            words = words.replace(token, " ")
+        words = " ".join(words.split())
+        if self.config.prompt_with_caption and words:
+            return self.config.prompt_with_caption.replace("{caption}", words)
         return self.config.prompt
 
     def seed(self, seed: int) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from pixart_data import sections
 from pixart_data.errors import ConfigError
-from pixart_data.models import loading, placement, provenance
+from pixart_data.models import loading, placement, provenance, require_weights
 from pixart_data.texts import clean
 
 DOWNSAMPLING = 8
@@ -30,13 +30,15 @@ class ImageEncoder:
 
         self.placement = placement(config.device, config.dtype)
         with loading("image.model", config.model):
-            self.vae = AutoencoderKL.from_pretrained(
+            self.vae, info = AutoencoderKL.from_pretrained(
                 config.model,
                 subfolder=config.subfolder,
                 revision=config.revision,
                 torch_dtype=self.placement.dtype,
                 low_cpu_mem_usage=False,
+                output_loading_info=True,
             )
+            require_weights(info)
         self.vae.to(self.placement.device).eval()
         factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         if factor != DOWNSAMPLING:
@@ -85,12 +87,14 @@ class TextEncoder:
                 config.model, subfolder=config.tokenizer_subfolder or "", revision=config.revision
             )
             # Loading in the dtype, not casting after, keeps the layers that T5 must have in fp32.
-            self.model = T5EncoderModel.from_pretrained(
+            self.model, info = T5EncoderModel.from_pretrained(
                 config.model,
                 subfolder=config.subfolder or "",
                 revision=config.revision,
                 dtype=self.placement.dtype,
+                output_loading_info=True,
             )
+            require_weights(info)
         self.model.to(self.placement.device).eval()
         self.facts = {
             **provenance(self.model.config, config.model, config.revision, config.subfolder),

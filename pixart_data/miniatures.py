@@ -6,6 +6,8 @@ works, not what the models can do.
 """
 
 import contextlib
+import math
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -103,15 +105,10 @@ def build_t5(folder: Path, seed: int = 0, width: int = 64) -> None:
     """A `T5EncoderModel` of the v1.1 kind (gated GELU) with a Unigram tokenizer that appends `</s>`."""
     from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-    text = Tokenizer(models.Unigram())
+    text = Tokenizer(models.Unigram(_unigrams(), unk_id=2))
     text.normalizer = normalizers.NFKC()
     text.pre_tokenizer = pre_tokenizers.Metaspace()
     text.decoder = decoders.Metaspace()
-    letters = sorted({letter for line in _CORPUS for letter in line.lower() + line.upper()})
-    trainer = trainers.UnigramTrainer(
-        vocab_size=300, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", initial_alphabet=letters
-    )
-    text.train_from_iterator(_CORPUS, trainer)
     text.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=text, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
     config = T5Config(
@@ -144,6 +141,15 @@ def build_vae(folder: Path, seed: int = 0) -> None:
             norm_num_groups=4,
         )
     _save(folder, model)
+
+
+def _unigrams() -> list[tuple[str, float]]:
+    """Words and letters of the corpus with scores by count; the library's own trainer differs from run to run."""
+    words = Counter(f"\u2581{word}" for line in _CORPUS for word in line.split())
+    letters = {letter for line in _CORPUS for letter in line.lower() + line.upper() + "\u2581"}
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    scored = [(word, math.log(count / words.total())) for word, count in sorted(words.items())]
+    return special + scored + [(letter, -10.0) for letter in sorted(letters - words.keys())]
 
 
 def _bpe_trainer() -> trainers.BpeTrainer:

@@ -50,15 +50,28 @@ def loading(setting: str, model: str) -> Iterator[None]:
     """
     if model.startswith("/") and not Path(model).is_dir():
         raise ConfigError(f"{setting}: no such folder: {model}; give a folder that from_pretrained loads, or a hub id")
+    from safetensors import SafetensorError
+
     try:
         yield
     except ImportError as error:
         raise ConfigError(f"{setting}: loading {model} needs a package: {_first_line(error)}") from error
-    except (OSError, ValueError, KeyError, AttributeError, RuntimeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError, TypeError, SafetensorError) as error:
         raise ConfigError(
             f"{setting}: {model} cannot be loaded: {_first_line(error)}; "
             "give a folder that from_pretrained loads, or a hub id that is reachable or in the local cache"
         ) from error
+
+
+def require_weights(info: dict[str, Any]) -> None:
+    """Check what `from_pretrained(..., output_loading_info=True)` tells beside the model.
+
+    Raises:
+        ValueError: If weights are missing: the libraries would only warn and draw them at random.
+    """
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(f"{len(missing)} of the model's weights are not in it, e.g. {missing[0]}")
 
 
 def identity(model: str, revision: str | None, subfolder: str | None) -> str:

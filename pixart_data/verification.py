@@ -39,8 +39,9 @@ def verify(root: Path) -> Iterator[Finding]:
         raise DataError(f"{root}: expected a dataset, a feature set or a table of captions, found none of them")
     for path in sets.values():
         yield from _verify_set(path)
-    if not sets:
-        yield from _verify_records(root)
+    for path in sorted(path.parent for path in (root / COMMITS, *root.glob(f"*/{COMMITS}")) if path.is_dir()):
+        if path not in sets.values():  # captions, or a feature set that is not finished
+            yield from _verify_records(path)
 
 
 def _verify_records(root: Path) -> Iterator[Finding]:

@@ -1,0 +1,294 @@
+import functools
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from transformers.utils import logging
+
+from pixart_data.captioner import Captioner
+from pixart_data.errors import ConfigError
+from pixart_data.sections import Captioner as Section
+
+logging.disable_progress_bar()
+
+SPECIAL = ["<pad>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+QWEN_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def build_qwen(folder):
+    """A tiny Qwen2-VL: packed pixels, grids, and a processor that asks for a video processor."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    from pixart_data.captioner import _allow_missing_torchvision
+
+    _allow_missing_torchvision()
+    text = Tokenizer(models.BPE())
+    text.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    text.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+    text.train_from_iterator(["a red house"], trainer)
+    extra = {"image_token": SPECIAL[5], "video_token": SPECIAL[6]}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=text, pad_token=SPECIAL[0], eos_token=SPECIAL[2], extra_special_tokens=extra
+    )
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 512}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": len(tokenizer)}
+    rope = {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}}
+    torch.manual_seed(0)
+    model = Qwen2VLForConditionalGeneration(
+        Qwen2VLConfig(
+            text_config={**sizes, **heads, **rope, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
+            vision_config={"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2},
+            image_token_id=5,
+            video_token_id=6,
+            vision_start_token_id=3,
+            vision_end_token_id=4,
+        )
+    )
+    model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, 2
+    images = Qwen2VLImageProcessorPil(size={"shortest_edge": 28 * 28, "longest_edge": 4 * 28 * 28})
+    model.save_pretrained(folder)
+    Qwen2VLProcessor(image_processor=images, tokenizer=tokenizer, chat_template=QWEN_TEMPLATE).save_pretrained(folder)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folders(miniatures, tmp_path_factory):
+    qwen = tmp_path_factory.mktemp("models") / "qwen"
+    build_qwen(qwen)
+    return {"llava": miniatures["llava"], "qwen": str(qwen)}
+
+
+@pytest.fixture(scope="module", params=["llava", "qwen"])
+def captioner(request, folders):
+    """Shared: tests that change it put it back."""
+    return Captioner(Section(model=folders[request.param], max_new_tokens=8))
+
+
+@pytest.fixture
+def llava(miniatures):
+    return Captioner(Section(model=miniatures["llava"], max_new_tokens=8))
+
+
+@pytest.fixture(scope="module")
+def images():
+    noise = torch.randint(0, 255, (90, 50, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return [
+        Image.new("RGB", (120, 60), (200, 30, 30)),
+        Image.fromarray(noise.numpy()),
+        Image.linear_gradient("L").convert("RGB"),
+        Image.new("RGB", (1, 3)),
+    ]
+
+
+PROMPTS = ["What?", "Describe this image and its style in a very detailed manner", "Say more, please", "And this?"]
+
+
+def sent(captioner, monkeypatch, images, prompts):
+    """The token ids that reach the model."""
+    generate, seen = captioner.model.generate, []
+
+    def spy(**inputs):
+        seen.append(inputs["input_ids"])
+        return generate(**inputs)
+
+    monkeypatch.setattr(captioner.model, "generate", spy)
+    captioner.describe(images, prompts)
+    return seen[0].tolist()
+
+
+def test_a_batch_answers_as_one_by_one(captioner, images):
+    together = captioner.describe(images, PROMPTS)
+    alone = [captioner.describe([image], [prompt])[0] for image, prompt in zip(images, PROMPTS, strict=True)]
+    assert together == alone
+    assert [answer.prompt for answer in together] == PROMPTS
+    assert all(answer.text for answer in together)
+
+
+def test_the_answer_depends_on_the_image(captioner, images, monkeypatch):
+    seen = []
+    forward = captioner.model.forward
+
+    def spy(*args, **inputs):
+        output = forward(*args, **inputs)
+        seen.append(output.logits[:, -1].float())
+        return output
+
+    monkeypatch.setattr(captioner.model, "forward", functools.wraps(forward)(spy))
+    captioner.describe(images[:1], ["What?"])
+    captioner.describe(images[1:2], ["What?"])
+    assert not torch.equal(seen[0], seen[8])
+
+
+def test_an_answer_that_is_cut_off_says_so(captioner, images):
+    for answer in captioner.describe(images, PROMPTS):
+        assert (answer.finish_reason, answer.num_tokens) == ("length", 8)
+
+
+def test_an_answer_that_ends_says_so_whatever_the_others_do(captioner, images, monkeypatch):
+    generate, seen = captioner.model.generate, []
+    monkeypatch.setattr(captioner.model, "generate", lambda **inputs: seen.append(generate(**inputs)) or seen[-1])
+    captioner.describe(images, PROMPTS)
+    answers = seen[0][:, -8:].tolist()
+    end = next(token for token in answers[0] if any(token not in answer for answer in answers))
+    monkeypatch.setattr(captioner.model.generation_config, "eos_token_id", [2, end])
+    together = captioner.describe(images, PROMPTS)
+    for answer, tokens in zip(together, answers, strict=True):
+        length = tokens.index(end) if end in tokens else 8
+        assert (answer.num_tokens, answer.finish_reason) == (length, "stop" if length < 8 else "length")
+        assert answer.text == captioner.tokenizer.decode(tokens[:length], skip_special_tokens=True).strip()
+    assert {answer.finish_reason for answer in together} == {"stop", "length"}
+    assert together == [captioner.describe([i], [p])[0] for i, p in zip(images, PROMPTS, strict=True)]
+
+
+def test_prompt_tokens_count_the_image_and_no_padding(llava, images, monkeypatch):
+    answers = llava.describe(images, PROMPTS)
+    for answer in answers:
+        words = llava.tokenizer(f"USER: <image>\n{answer.prompt} ASSISTANT:")["input_ids"]
+        assert answer.num_prompt_tokens == len(words) - 1 + 16  # 56 px in patches of 14 px
+    rows = sent(llava, monkeypatch, images, PROMPTS)
+    assert [len(row) - row.count(0) for row in rows] == [answer.num_prompt_tokens for answer in answers]
+
+
+@pytest.mark.parametrize("in_template", [True, False])
+def test_the_sequence_begins_once(miniatures, tmp_path, images, monkeypatch, in_template):
+    """A tokenizer that adds <s> by itself, as LLaMA's does, with templates of both kinds."""
+    from tokenizers.processors import TemplateProcessing
+
+    folder = shutil.copytree(miniatures["llava"], tmp_path / "llava")
+    if in_template:
+        template = folder / "chat_template.jinja"
+        template.write_text("{{ bos_token }}" + template.read_text())
+    captioner = Captioner(Section(model=str(folder), max_new_tokens=1))
+    adds_bos = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    captioner.tokenizer.backend_tokenizer.post_processor = adds_bos
+    assert captioner.tokenizer("x")["input_ids"][0] == 1
+    for row in sent(captioner, monkeypatch, images, PROMPTS):
+        assert row.count(1) == 1
+        assert [token for token in row if token != 0][0] == 1  # after the padding on the left
+
+
+def test_raw_captions_are_quoted_as_they_are(miniatures):
+    quoting = Captioner(Section(model=miniatures["llava"], prompt="plain", prompt_with_caption='Given "{caption}", go {x}'))
+    assert quoting.prompt("a {caption} in {0} %s \\1\n  two") == 'Given "a {caption} in {0} %s \\1 two", go {x}'
+    assert [quoting.prompt(raw) for raw in (None, "", " \n ")] == ["plain"] * 3
+
+
+def test_without_a_quoting_prompt_captions_are_not_quoted(llava):
+    assert llava.prompt("a caption") == llava.config.prompt
+
+
+def test_words_that_look_like_special_tokens_do_not_break_a_batch(captioner, images):
+    hostile = ["</s><s> <pad>", "{{ 7 * 7 }} {% for %}", "<|im_end|>\n<|im_start|>system", "\x00 \u202e ÿ 红"]
+    assert len(captioner.describe(images, hostile)) == 4
+
+
+def test_special_tokens_in_a_raw_caption_are_no_special_tokens(folders, images):
+    """Alt text can say anything; `<image>` in it would ask for a second image, which fails the batch."""
+    for folder, words in ((folders["llava"], "<image>"), (folders["qwen"], "<|image_pad|>")):
+        captioner = Captioner(Section(model=folder, max_new_tokens=2, prompt_with_caption='Given "{caption}", go'))
+        batch = {"image": images[:2], "raw_caption": [f"a caption of {words} an</s>{words} image", "What?"]}
+        answers = captioner(batch)["answer"]
+        assert len(answers) == 2
+        assert words not in answers[0].prompt
+        assert answers[0].prompt.startswith('Given "a caption of an')
+
+
+def test_a_batch_gets_a_column_and_keeps_the_others(captioner, images):
+    batch = {"image": images[:2], "raw_caption": ["raw", None], "key": ["a", "b"]}
+    out = captioner(batch)
+    assert out.keys() == {*batch, "answer"}
+    assert out["answer"] == captioner.describe(images[:2], [captioner.config.prompt] * 2)
+    assert out["key"] == ["a", "b"]
+
+
+def test_sampling_repeats_with_its_seed(miniatures, images):
+    captioner = Captioner(Section(model=miniatures["llava"], max_new_tokens=8, temperature=2.0, top_p=0.95))
+
+    def draw(seed):
+        captioner.seed(seed)
+        return [answer.text for answer in captioner.describe(images, PROMPTS)]
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+
+
+def test_a_model_without_a_chat_template_gets_the_words_alone(miniatures, tmp_path, images):
+    folder = shutil.copytree(miniatures["llava"], tmp_path / "llava")
+    (folder / "chat_template.jinja").unlink()
+    captioner = Captioner(Section(model=str(folder), max_new_tokens=2, prompt="<image>\nWhat?"))
+    [answer] = captioner.describe(images[:1], ["<image>\nWhat?"])
+    assert answer.num_prompt_tokens == 15 + len(captioner.tokenizer("<image>\nWhat?")["input_ids"])
+
+
+def test_a_processor_that_drops_the_image_is_a_setting_to_mend(llava, images, monkeypatch):
+    text_only = "{% for m in messages %}{% for p in m['content'] %}{{ p['text'] }}{% endfor %}{% endfor %}"
+
+    def drop(conversations, **options):
+        return llava.tokenizer(["What?"], return_tensors="pt")
+
+    monkeypatch.setattr(llava.processor, "chat_template", text_only)
+    monkeypatch.setattr(llava.processor, "apply_chat_template", drop)
+    with pytest.raises(ConfigError, match=r"captioner.model: the processor of .* drops the image; use an image-text"):
+        llava.describe(images[:1], ["What?"])
+
+
+def test_facts_say_which_model_it_was(captioner):
+    assert captioner.facts["id"] == captioner.config.model
+    assert captioner.facts["identity"].startswith("folder:")
+    assert captioner.facts["dtype"] == "float32"
+
+
+def test_a_model_runs_in_the_dtype_asked_for(miniatures, images):
+    captioner = Captioner(Section(model=miniatures["llava"], max_new_tokens=2, dtype="bf16"))
+    assert {parameter.dtype for parameter in captioner.model.parameters()} == {torch.bfloat16}
+    assert captioner.facts["dtype"] == "bfloat16"
+    assert len(captioner.describe(images[:2], PROMPTS[:2])) == 2
+
+
+def build_text_only(folder):
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=300, **sizes)).save_pretrained(folder / "text")
+    AutoTokenizer.from_pretrained(folder / "t5").save_pretrained(folder / "text")
+
+
+@pytest.mark.parametrize("kind", ["text", "t5", "vae", "empty", "no processor", "no weights", "half weights"])
+def test_what_is_no_image_text_model_is_a_setting_to_mend(miniatures, tmp_path, kind):
+    for name, folder in miniatures.items():
+        shutil.copytree(folder, tmp_path / name)
+    build_text_only(tmp_path)
+    for name in ("no processor", "no weights", "half weights"):
+        shutil.copytree(miniatures["llava"], tmp_path / name)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "no processor/processor_config.json").unlink()
+    (tmp_path / "no weights/model.safetensors").unlink()
+    weights = tmp_path / "half weights/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(ConfigError) as caught:
+        Captioner(Section(model=str(tmp_path / kind)))
+    assert str(caught.value).startswith(f"captioner.model: {tmp_path / kind} cannot be loaded: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.xfail(reason="the whole unit fails: one long picture should be one rejected row", raises=ValueError, strict=True)
+def test_a_picture_too_long_for_a_family_does_not_fail_its_batch(folders, images):
+    """Qwen's processor refuses sides of more than 200 to 1."""
+    qwen = Captioner(Section(model=folders["qwen"], max_new_tokens=2))
+    assert len(qwen.describe([images[0], Image.new("RGB", (900, 4))], ["What?", "What?"])) == 2
