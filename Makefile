@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: install  ## pictures to captions, report, shards, checkpoint and new pictures, offline, in minutes
-	PATH="$(abspath $(BIN)):$$PATH" sh jobs/demo/run.sh $(DEMO)
+	PATH="$(abspath $(BIN)):$$PATH" sh jobs/demo/run.sh
 
 test: install  ## run the tests
 	$(BIN)/python -m pytest -q

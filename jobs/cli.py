@@ -151,8 +151,10 @@ def _stats_given(args: argparse.Namespace) -> Given:
         return Path(args.paths[0]), {"output": args.out} if args.out else {}
     sets = []
     for text in args.paths:
-        name, sign, path = text.rpartition("=")
-        sets.append({"name": name if sign else Path(text).stem, "path": path, "column": args.column})
+        name, sign, path = text.partition("=")
+        named = sign and not Path(text).exists()  # `date=3/x.parquet` is a path, not a name
+        given = {"name": name, "path": path} if named else {"name": Path(text).stem, "path": text}
+        sets.append({**given, "column": args.column})
     return None, {"sets": sets, "output": args.out or "report"}
 
 

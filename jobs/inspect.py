@@ -2,6 +2,7 @@
 
 import json
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ import pyarrow.parquet as pq
 
 from jobs.config import Inspect
 from pixart_data.captions import caption_files
-from pixart_data.commits import COMMITS
+from pixart_data.commits import COMMITS, MANIFEST, read_records
 from pixart_data.errors import DataError
 from pixart_data.shards import INDEX, REJECTED_FILE, Manifest, feature_sets, read_manifest, tensor_shape
 
 _META = "meta.json"
 _TEXT_WIDTH = 100
+_ROWS_LOOKED_AT = 10_000  # for samples to show
 
 
 def inspect(job: Inspect, dry_run: bool) -> None:
@@ -48,8 +50,15 @@ def _look(path: Path, num_samples: int) -> tuple[str, Iterator[str]]:
     if (path / "stats.json").is_file():
         return "noun statistics", _statistics(path / "stats.json")
     if (path / COMMITS).is_dir():
-        return "captions", _captions([Path(file.path) for file in caption_files(path, "path")], num_samples)
+        return _look_at_commits(path, num_samples)
     raise DataError(f"{path}: nothing here that pixart wrote; expected a dataset, captions, a report or a run")
+
+
+def _look_at_commits(path: Path, num_samples: int) -> tuple[str, Iterator[str]]:
+    if not (path / MANIFEST).is_file():
+        records = read_records(path)
+        return f"unfinished, {len(records)} shards are done", iter(())
+    return "captions", _captions([Path(file.path) for file in caption_files(path, "path")], num_samples)
 
 
 def _look_at_file(path: Path, num_samples: int) -> tuple[str, Iterator[str]]:
@@ -65,7 +74,6 @@ def _look_at_file(path: Path, num_samples: int) -> tuple[str, Iterator[str]]:
 def _datasets(sets: dict[str, Path], num_samples: int) -> Iterator[str]:
     for name, root in sets.items():
         manifest = read_manifest(root)
-        index = pq.read_table(root / INDEX)
         counts = manifest.counts
         yield f"\n{name}: {manifest.kind} features, {counts['rows_out']:,} of {counts['rows_in']:,} samples"
         yield from _rejected(root / REJECTED_FILE, num_samples)
@@ -74,12 +82,17 @@ def _datasets(sets: dict[str, Path], num_samples: int) -> Iterator[str]:
         yield f"  model    {model['id']}{revision}, computed in {model['dtype']}"
         yield f"  policy   {', '.join(f'{key}: {value}' for key, value in manifest.policy.items())}"
         yield f"  shards   {len(manifest.shards)}, {sum(shard['size_bytes'] for shard in manifest.shards):,} bytes"
-        yield from (
-            _images(manifest, index, num_samples) if manifest.kind == "image" else _texts(manifest, index, num_samples)
-        )
+        first = _first_rows(root / INDEX, num_samples)
+        yield from _images(manifest, first) if manifest.kind == "image" else _texts(manifest, root / INDEX, first)
 
 
-def _images(manifest: Manifest, index: pa.Table, num_samples: int) -> Iterator[str]:
+def _first_rows(path: Path, count: int) -> list[dict[str, Any]]:
+    with pq.ParquetFile(path) as file:
+        batches = file.iter_batches(max(count, 1))
+        return next(batches).to_pylist()[:count] if file.metadata.num_rows else []
+
+
+def _images(manifest: Manifest, first: list[dict[str, Any]]) -> Iterator[str]:
     yield f"  scaling  {manifest.model['scaling_factor']}, not applied to what is stored"
     yield f"  {'bucket':8} {'height x width':>15} {'samples':>9} {'shards':>7}   {manifest.tensor} {manifest.dtype}"
     for bucket in manifest.buckets:
@@ -87,40 +100,51 @@ def _images(manifest: Manifest, index: pa.Table, num_samples: int) -> Iterator[s
             size = f"{bucket['height_px']} x {bucket['width_px']} px"
             shape = tensor_shape(bucket, manifest)
             yield f"  {bucket['ratio']:8} {size:>15} {bucket['rows']:>9,} {bucket['shards']:>7,}   {shape}"
-    for row in index.slice(0, num_samples).to_pylist():
+    for row in first:
         original = f"{row['original_width_px']} x {row['original_height_px']} px"
         place = f"{row['shard']} at {row['offset_bytes']}"
         yield f"  {row['key']}: {original}{_ops(row['image_ops'])} -> {row['bucket']}, {place}"
 
 
-def _texts(manifest: Manifest, index: pa.Table, num_samples: int) -> Iterator[str]:
+def _texts(manifest: Manifest, path: Path, first: list[dict[str, Any]]) -> Iterator[str]:
+    index = pq.read_table(path, columns=["num_tokens", "truncated"])
     if index.num_rows:
         yield f"  tokens   {_spread(index['num_tokens'])}; {pc.sum(index['truncated']).as_py():,} captions truncated"
     null = manifest.model.get("null")
     if null:
         yield f"  null     the empty caption, {null['num_tokens']} token(s), in {null['path']}"
-    for row in index.slice(0, num_samples).to_pylist():
+    for row in first:
         shape = tensor_shape(row, manifest)
         yield f"  {row['key']}: {manifest.tensor} {manifest.dtype} {shape}, {_short(row['caption'])}"
 
 
 def _captions(paths: list[Path], num_samples: int) -> Iterator[str]:
-    table = pa.concat_tables([pq.read_table(path) for path in paths])
-    good = table.filter(pc.equal(table["status"], "ok"))
-    yield f"  {table.num_rows:,} rows in {len(paths)} part(s): {good.num_rows:,} captioned"
+    columns = ["status", "error", "finish_reason", "model", "num_tokens"]
+    table = pa.concat_tables([pq.read_table(path, columns=columns) for path in paths])
+    num_good = pc.sum(pc.equal(table["status"], "ok")).as_py() or 0
+    yield f"  {table.num_rows:,} rows in {len(paths)} part(s): {num_good:,} captioned"
     for name in ("error", "finish_reason", "model"):
         counts = _tally(table[name])
         if counts:
             yield f"  {name:14} {counts}"
-    if good.num_rows:
-        yield f"  {'tokens':14} {_spread(good['num_tokens'])}"
-    for row in good.slice(0, num_samples).to_pylist():
-        yield f"  {row['key']} ({row['width_px']} x {row['height_px']} px{_ops(row['image_ops'])})"
-        yield f"    raw      {_short(row['raw_caption'])}"
-        yield f"    caption  {_short(row['caption'])}"
-    bad = table.filter(pc.equal(table["status"], "rejected"))
-    for row in bad.slice(0, num_samples).to_pylist():
+    if num_good:
+        yield f"  {'tokens':14} {_spread(table['num_tokens'])}"
+    shown = Counter[str]()
+    for row in (row for path in paths for row in pq.read_table(path).to_pylist()):
+        if shown[row["status"]] < num_samples:
+            yield from _caption(row)
+        shown[row["status"]] += 1
+        if min(shown["ok"], shown["rejected"]) >= num_samples or shown.total() > _ROWS_LOOKED_AT:
+            return
+
+
+def _caption(row: dict[str, Any]) -> Iterator[str]:
+    if row["status"] == "rejected":
         yield f"  {row['key']}: rejected, {row['error']}: {row['detail']}"
+        return
+    yield f"  {row['key']} ({row['width_px']} x {row['height_px']} px{_ops(row['image_ops'])})"
+    yield f"    raw      {_short(row['raw_caption'])}"
+    yield f"    caption  {_short(row['caption'])}"
 
 
 def _rejected(path: Path, num_samples: int) -> Iterator[str]:

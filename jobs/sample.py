@@ -76,7 +76,7 @@ def _encode(job: Sample, facts: dict[str, Any], prompts: list[str]) -> list[torc
         dtype=job.dtype,
         device=job.device,
     )
-    encoder = TextEncoder(section)
+    encoder = TextEncoder(section, setting="text_encoder")
     if encoder.facts["width"] != trained["width"]:
         raise ConfigError(
             f"text_encoder: expected width {trained['width']}, {section.model} has {encoder.facts['width']}; "
@@ -94,7 +94,7 @@ def _decode(job: Sample, facts: dict[str, Any], latents: list[torch.Tensor]) -> 
         dtype=job.dtype,
         device=job.device,
     )
-    vae = ImageEncoder(section)
+    vae = ImageEncoder(section, setting="vae")
     factor = trained["scaling_factor"]
     return [vae.decode(z[None] / factor + trained["shift_factor"])[0] for batch in latents for z in batch]
 

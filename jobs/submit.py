@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 _GRACE_S = 30
 _JOB_FILE = "job.toml"
+_IN_PROCESS = ("train", "sample")  # not by workers, which get GPUs of their own
 
 
 def submit(command: str, job: Section, options: argparse.Namespace) -> int:
@@ -40,6 +41,8 @@ def submit(command: str, job: Section, options: argparse.Namespace) -> int:
         print(f"submit: to {address}: {entrypoint}\n\n{_JOB_FILE}:\n{resolved_toml(job)}", end="")
         return 0
     client = _connect(address)
+    if command in _IN_PROCESS and not options.gpus:
+        log.warning("%s runs without a GPU: it was not given one with --gpus 1", command)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / _JOB_FILE).write_text(resolved_toml(job))
         environment = {"PYTHONUNBUFFERED": "1", "RAY_JOB_STOP_WAIT_TIME_S": str(_GRACE_S)}
@@ -50,7 +53,7 @@ def submit(command: str, job: Section, options: argparse.Namespace) -> int:
                 metadata={"pixart": command},
                 entrypoint_num_gpus=options.gpus or None,
             )
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:  # the errors of requests are of the second kind
             raise JobError(f"{address}: the cluster refused the job: {error}") from error
     log.info("submitted %s as %s; stop it with: ray job stop %s --address %s", command, name, name, address)
     return _follow(client, name, address)
@@ -76,6 +79,8 @@ def _connect(address: str) -> Any:
 
 
 def _follow(client: Any, name: str, address: str) -> int:
+    from aiohttp import ClientError
+
     async def tail() -> None:
         async for text in client.tail_job_logs(name):
             print(text, end="", flush=True)
@@ -88,7 +93,7 @@ def _follow(client: Any, name: str, address: str) -> int:
             f"\nno longer following; {name} goes on. Stop it: ray job stop {name} --address {address}", file=sys.stderr
         )
         return 130
-    except (RuntimeError, ConnectionError) as error:
+    except (RuntimeError, OSError, ClientError) as error:
         raise JobError(f"{address}: lost sight of {name}: {error}; see ray job logs {name}") from error
     if info.driver_exit_code is not None:
         return int(info.driver_exit_code)

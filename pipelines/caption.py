@@ -8,18 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipelines.config import Caption
 from pipelines.driver import Account, Plan, Run, execute, make_plan
 from pipelines.pictures import Picture, read_pictures
 from pipelines.pool import Report
-from pixart_data.commits import Record, publish, staging_path
+from pixart_data.captions import seal_captions
+from pixart_data.commits import Record, publish_table
 from pixart_data.models import identity
 from pixart_data.records import CAPTIONS, SCHEMA_VERSION, Reason
 from pixart_data.sources import Unit, count_rows, find_units
 
 STAGE = "caption"
+PARTS = "parts"
 
 
 class CaptionStage:
@@ -34,16 +35,16 @@ class CaptionStage:
     def __call__(self, unit: Unit, report: Report) -> Record:
         """Write the unit's part of the table and return its record."""
         root = Path(self.job.output)
-        pictures = read_pictures(unit, self.job.source, self.job.captioner.min_side_px)
-        self.captioner.seed(zlib.crc32(f"{self.job.captioner.seed}/{unit.id}".encode()))
+        config = self.job.captioner
+        pictures = read_pictures(unit, self.job.source, config.batch_size, config.min_side_px)
+        self.captioner.seed(zlib.crc32(f"{config.seed}/{unit.id}".encode()))
         rows: list[dict[str, Any]] = []
+        rejected: Counter[str] = Counter()
         for row in self._rows(pictures):
             rows.append(row)
-            report(len(rows), sum(r["error"] is not None for r in rows))
-        staged = staging_path(root, f"{unit.id}.parquet")
-        pq.write_table(pa.Table.from_pylist(rows, schema=CAPTIONS), staged, compression="zstd")
-        file = publish(staged, root, root, unit.id, ".parquet")
-        rejected = Counter(str(row["error"]) for row in rows if row["error"] is not None)
+            rejected.update(() if row["error"] is None else (row["error"],))
+            report(len(rows), rejected.total())
+        file = publish_table(pa.Table.from_pylist(rows, schema=CAPTIONS), root, root / PARTS, unit.id)
         rows_out = len(rows) - rejected.total()
         return Record(unit.id, "", {}, len(rows), rows_out, dict(rejected), [file], facts=self.captioner.facts)
 
@@ -102,7 +103,7 @@ def prepare(job: Caption) -> Run:
     """Find the units of a job and what decides their results."""
     captioner = job.captioner.model_dump(exclude={"model", "revision", "batch_size", "device"})
     source = job.source.model_dump(include={"layout", "path_column", "caption_column", "max_image_pixels"})
-    model = identity(job.captioner.model, job.captioner.revision, None)
+    model = identity("captioner.model", job.captioner.model, job.captioner.revision, None)
     decided = {"schema": SCHEMA_VERSION, "captioner": {**captioner, "model": model}, "source": source}
     root = Path(job.output)
     return Run(
@@ -112,8 +113,7 @@ def prepare(job: Caption) -> Run:
         settings=lambda unit: {**decided, "shard": unit.fingerprint},
         build=partial(CaptionStage, job),
         cluster=job.cluster,
-        swept=lambda: [root],
-        suffixes=(".parquet",),
+        swept=[root / PARTS],
         count=count_rows,
     )
 
@@ -127,4 +127,4 @@ def plan(job: Caption) -> list[tuple[Run, Plan]]:
 def run(job: Caption) -> list[tuple[Run, Account]]:
     """Do the job."""
     prepared = prepare(job)
-    return [(prepared, execute(prepared, job))]
+    return [(prepared, execute(prepared, job, partial(seal_captions, prepared.root)))]

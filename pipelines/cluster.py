@@ -3,6 +3,7 @@
 import logging
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 
@@ -51,17 +52,47 @@ def connect(cluster: Cluster) -> None:
 
 
 def share(cluster: Cluster, num_units: int, per_cpu: bool = False) -> Share:
-    """Divide the connected cluster: a worker for each GPU, or one on CPUs (with `per_cpu`, one for each)."""
-    resources = ray.cluster_resources()
-    num_cpus, num_gpus = resources.get("CPU", 1.0), resources.get("GPU", 0.0)
+    """Divide the connected cluster: a worker for each GPU, or one on CPUs (with `per_cpu`, one for each).
+
+    Raises:
+        JobError: If no node has what one worker asks for; Ray would wait for such a node for ever.
+    """
+    nodes = [_Node(**_resources(node)) for node in ray.nodes() if node["Alive"]]
+    gpu_nodes = [node for node in nodes if node.num_gpus]
     gpus = cluster.gpus_per_worker
     if gpus is None:
-        gpus = 0.0 if per_cpu or not num_gpus else 1.0
-    if gpus > num_gpus:
-        raise JobError(f"cluster.gpus_per_worker: {gpus:g} asked for, the cluster has {num_gpus:g}; lower it")
-    wanted = cluster.num_workers or (int(num_gpus / gpus) if gpus else int(num_cpus) if per_cpu else 1)
-    num_workers = max(1, min(wanted, num_units))
-    cpus = cluster.cpus_per_worker or (1.0 if gpus or per_cpu else max(1.0, num_cpus // num_workers))
-    if cpus > num_cpus:
-        raise JobError(f"cluster.cpus_per_worker: {cpus:g} asked for, the cluster has {num_cpus:g}; lower it")
+        gpus = 1.0 if gpu_nodes and not per_cpu else 0.0
+    if gpus:
+        default = sum(int(node.num_gpus / gpus) for node in nodes)
+    else:
+        default = int(sum(node.num_cpus for node in nodes)) if per_cpu else 1
+    num_workers = max(1, min(cluster.num_workers or default, num_units))
+    cpus = cluster.cpus_per_worker or _equal_share(nodes, num_workers, gpus, per_cpu)
+    if not any(node.num_cpus >= cpus and node.num_gpus >= gpus for node in nodes):
+        largest = max(nodes, key=lambda node: (node.num_gpus, node.num_cpus))
+        raise JobError(
+            f"cluster: a worker asks for {cpus:g} CPUs and {gpus:g} GPUs, the largest node has {largest.num_cpus:g} "
+            f"and {largest.num_gpus:g}; lower cluster.cpus_per_worker or cluster.gpus_per_worker"
+        )
     return Share(num_workers, cpus, gpus)
+
+
+@dataclass(frozen=True)
+class _Node:
+    num_cpus: float
+    num_gpus: float
+
+
+def _resources(node: dict[str, Any]) -> dict[str, float]:
+    return {"num_cpus": node["Resources"].get("CPU", 0.0), "num_gpus": node["Resources"].get("GPU", 0.0)}
+
+
+def _equal_share(nodes: list[_Node], num_workers: int, gpus: float, per_cpu: bool) -> float:
+    """Return the CPUs that leave room for all workers of a node: decoding wants as many threads as there are."""
+    if gpus:
+        shares = [node.num_cpus // max(node.num_gpus / gpus, 1.0) for node in nodes if node.num_gpus >= gpus]
+        return max(1.0, min(shares, default=1.0))
+    if per_cpu:
+        return 1.0
+    per_node = -(-num_workers // len(nodes))
+    return max(1.0, max(node.num_cpus for node in nodes) // per_node)

@@ -1,11 +1,10 @@
 """One run of a stage over its units: what is left to do, who does it, what is committed, and the account at the end."""
 
 import logging
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from pipelines.cluster import connect, share
 from pipelines.config import Cluster
 from pipelines.pool import Pool, Stage, Work
 from pipelines.progress import Progress
-from pixart_data.commits import Record, output_lock, read_records, sweep, write_atomic, write_record
+from pixart_data.commits import MANIFEST, Record, output_lock, read_records, sweep, write_atomic, write_record
 from pixart_data.config import Section, digest, resolved_toml
 from pixart_data.errors import DataError, JobError
 
@@ -33,7 +32,7 @@ class Run:
         units: In the order the results are to have.
         settings: What decides the result of a unit, JSON-able; its digest goes into the record.
         build: Builds the stage inside a worker; picklable.
-        swept: Directories in which files that no record names are deleted, with the suffixes that are ours.
+        swept: Directories that hold nothing but published files; in them, files that no record names are deleted.
         count: The number of rows in a unit, for `--dry-run`.
         per_cpu: Without `cluster.num_workers`, a worker for each CPU: the stage loads no large model.
         judged: Whether rejected rows count against `cluster.max_rejected`.
@@ -45,8 +44,7 @@ class Run:
     settings: Callable[[Any], dict[str, Any]]
     build: Callable[[], Stage]
     cluster: Cluster
-    swept: Callable[[], Iterable[Path]]
-    suffixes: tuple[str, ...]
+    swept: Sequence[Path]
     count: Callable[[Any], int]
     per_cpu: bool = False
     judged: bool = True
@@ -125,7 +123,8 @@ def execute(run: Run, job: Section, finish: Callable[[list[Record]], None] | Non
 
     Args:
         job: The job, written resolved as `job.toml` beside the results.
-        finish: Writes what spans units (an index, a report); called under the output's lock, never after a failure.
+        finish: Writes what spans units (an index, a report), the manifest last; called under the output's lock, with
+            the records of this run's units alone, and never after a failure.
 
     Raises:
         DataError: If too many rows were rejected, after everything is committed.
@@ -135,7 +134,9 @@ def execute(run: Run, job: Section, finish: Callable[[list[Record]], None] | Non
         plan = make_plan(run)
         log.info("%s", plan.line(run))
         write_atomic(run.root / "job.toml", resolved_toml(job).encode())
-        sweep(run.root, run.swept(), run.suffixes)
+        if plan.redo:  # what it describes is about to go
+            (run.root / MANIFEST).unlink(missing_ok=True)
+        sweep(run.root, run.swept)
         failed = _work(run, plan) if plan.todo else {}
         records = [plan.done[unit.id] for unit in run.units if unit.id in plan.done]
         if failed:
@@ -146,7 +147,7 @@ def execute(run: Run, job: Section, finish: Callable[[list[Record]], None] | Non
             )
         if finish:
             finish(records)
-        sweep(run.root, run.swept(), run.suffixes)
+        sweep(run.root, run.swept)
     account = Account.of(records)
     if run.judged:
         _judge(run, account)
@@ -158,17 +159,19 @@ def _work(run: Run, plan: Plan) -> dict[str, str]:
     progress = Progress(run.stage, len(run.units), len(plan.done))
     connect(run.cluster)
     pool = Pool(run.build, share(run.cluster, len(plan.todo), run.per_cpu), run.cluster.max_attempts)
-    started_s = time.monotonic()
+
+    def live(rows: int, rejected: int) -> None:
+        progress.live(rows, rejected, pool.num_waiting)
+
     try:
-        for result in pool.work([unit for unit, _ in plan.todo], progress.live):
+        for result in pool.work([unit for unit, _ in plan.todo], live):
             decided = settings[result.unit]
-            record = Record(**{**vars(result), "settings": decided, "digest": digest(decided)})
+            record = replace(result, settings=decided, digest=digest(decided))
             write_record(run.root, record)
             plan.done[record.unit] = record
             progress.unit_done(record.rows_in, sum(record.rejected.values()))
     finally:
         progress.close()
-    log.debug("%s: %d shards in %.1f s", run.stage, len(plan.todo), time.monotonic() - started_s)
     return pool.failed
 
 

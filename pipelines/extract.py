@@ -31,7 +31,6 @@ log = logging.getLogger(__name__)
 
 STAGE = "extract"
 _PACKAGES = ("pixart-toolkit", "torch", "transformers", "diffusers", "pillow", "numpy", "pyarrow")
-_SUFFIXES = (".tar", ".parquet")
 
 Finish = Callable[[list[Record]], None]
 
@@ -59,7 +58,7 @@ def _image_run(job: Extract, source: Source, config: ImageFeatures) -> tuple[Run
     decided = {
         "schema": SCHEMA_VERSION,
         "image": {
-            "model": identity(config.model, config.revision, config.subfolder),
+            "model": identity("image.model", config.model, config.revision, config.subfolder),
             "resolution_px": config.resolution_px,
             "dtype": config.dtype,
         },
@@ -72,8 +71,7 @@ def _image_run(job: Extract, source: Source, config: ImageFeatures) -> tuple[Run
         settings=lambda unit: {**decided, "shard": unit.fingerprint},
         build=partial(ImageStage, root, source, config),
         cluster=job.cluster,
-        swept=lambda: [root / INDEX_PARTS, *(root / bucket.ratio for bucket in buckets)],
-        suffixes=_SUFFIXES,
+        swept=[root / INDEX_PARTS, *(root / bucket.ratio for bucket in buckets)],
         count=count_rows,
     )
     return run, partial(_seal_images, root, config)
@@ -84,7 +82,8 @@ def _text_run(job: Extract, config: TextFeatures) -> tuple[Run, Finish]:
     decided: dict[str, Any] = {
         "schema": SCHEMA_VERSION,
         "text": {
-            "model": identity(config.model, config.revision, config.subfolder),
+            "model": identity("text.model", config.model, config.revision, config.subfolder),
+            "tokenizer": identity("text.model", config.model, config.revision, config.tokenizer_subfolder),
             "max_tokens": config.max_tokens,
             "cleaning": config.cleaning,
             "dtype": config.dtype,
@@ -107,8 +106,7 @@ def _text_run(job: Extract, config: TextFeatures) -> tuple[Run, Finish]:
         settings=lambda unit: {**decided, "shard": unit.fingerprint},
         build=partial(TextStage, root, job.source, column, config),
         cluster=job.cluster,
-        swept=lambda: [root / INDEX_PARTS, root / TEXT_SHARDS],
-        suffixes=_SUFFIXES,
+        swept=[root / INDEX_PARTS, root / TEXT_SHARDS],
         count=_count_texts,
     )
     return run, partial(_seal_texts, root, config)

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipelines.pictures import read_pictures
 from pipelines.pool import Report
 from pixart_data.buckets import Bucket, bucket_table, nearest_bucket, place
 from pixart_data.captions import CaptionFile, CaptionRow, read_captions
-from pixart_data.commits import PublishedFile, Record, publish, staging_path
+from pixart_data.commits import PublishedFile, Record, publish, publish_table, staging_path
 from pixart_data.records import IMAGE_INDEX, TEXT_INDEX, Reason
 from pixart_data.sections import ImageFeatures, Source, TextFeatures
 from pixart_data.shards import INDEX_PARTS, ShardWriter
@@ -58,9 +58,8 @@ class FeatureWriter:
                 if row.get("shard") == folder:
                     row["shard"] = files[-1].path
         if schema is not None:
-            staged = staging_path(self.root / INDEX_PARTS, f"{self.unit}.parquet")
-            pq.write_table(pa.Table.from_pylist(self.rows, schema=schema), staged, compression="zstd")
-            files.append(publish(staged, self.root, self.root / INDEX_PARTS, self.unit, ".parquet"))
+            table = pa.Table.from_pylist(self.rows, schema=schema)
+            files.append(publish_table(table, self.root, self.root / INDEX_PARTS, self.unit))
         return files
 
     def record(self, files: list[PublishedFile], facts: dict[str, Any]) -> Record:
@@ -94,12 +93,16 @@ class ImageStage:
         writer = FeatureWriter(self.root, unit.id, "moments", "F16")
         canvases: dict[str, _Canvas] = {}
         num_rejected = 0
-        for count, picture in enumerate(read_pictures(unit, self.source), 1):
-            if picture.decoded is None:
+        pictures = read_pictures(unit, self.source, self.config.batch_size, then=self._place)
+        for count, picture in enumerate(pictures, 1):
+            if picture.placed is None:
                 writer.reject(picture.sample.key, picture.error or Reason.NO_IMAGE, picture.detail)
                 num_rejected += 1
             else:
-                canvas = self._place(picture.sample.key, picture.decoded, canvases)
+                bucket, pixels, row = picture.placed
+                canvas = canvases.setdefault(bucket.ratio, _Canvas(bucket))
+                canvas.pixels.append(pixels)
+                canvas.rows.append({"key": picture.sample.key, **row})
                 if len(canvas.rows) == self.config.batch_size:
                     self._encode(canvas, writer)
             report(count, num_rejected)
@@ -107,26 +110,21 @@ class ImageStage:
             self._encode(canvas, writer)
         return writer.record(writer.finish(IMAGE_INDEX), self.encoder.facts)
 
-    def _place(self, key: str, decoded: "Decoded", canvases: dict[str, _Canvas]) -> _Canvas:
+    def _place(self, decoded: "Decoded") -> tuple[Bucket, npt.NDArray[np.uint8], dict[str, Any]]:
+        """Fit a picture to its bucket; returns the bucket, the pixels (H, W, 3), and what the index says of it."""
         from pixart_data.images import fit
 
         bucket = nearest_bucket(decoded.width_px, decoded.height_px, self.buckets)
-        placement = place(decoded.width_px, decoded.height_px, bucket)
-        canvas = canvases.setdefault(bucket.ratio, _Canvas(bucket))
-        canvas.pixels.append(fit(decoded.image, bucket))
-        canvas.rows.append(
-            {
-                "key": key,
-                "bucket": bucket.ratio,
-                "height_px": bucket.height_px,
-                "width_px": bucket.width_px,
-                "original_width_px": decoded.width_px,
-                "original_height_px": decoded.height_px,
-                **asdict(placement),
-                "image_ops": decoded.ops,
-            }
-        )
-        return canvas
+        row = {
+            "bucket": bucket.ratio,
+            "height_px": bucket.height_px,
+            "width_px": bucket.width_px,
+            "original_width_px": decoded.width_px,
+            "original_height_px": decoded.height_px,
+            **asdict(place(decoded.width_px, decoded.height_px, bucket)),
+            "image_ops": decoded.ops,
+        }
+        return bucket, fit(decoded.image, bucket), row
 
     def _encode(self, canvas: _Canvas, writer: FeatureWriter) -> None:
         if not canvas.rows:
@@ -179,7 +177,7 @@ class TextStage:
 
     def _captions(self, unit: Unit | CaptionFile) -> Iterator[CaptionRow]:
         if isinstance(unit, CaptionFile):
-            yield from read_captions(Path(unit.path), self.column, need_key=True)
+            yield from read_captions(unit, self.column, need_key=True)
         elif self.source is not None:
             for sample in read_samples(unit, self.source, with_images=False):
                 missing = (Reason.NO_CAPTION, "the source has no caption for it") if not sample.caption else (None, "")
@@ -190,7 +188,10 @@ class TextStage:
         batch = self.encoder({"caption": [row.caption for row in held]}) if held else {"caption": [], "t5": []}
         for i, row in enumerate(held):
             fields = {"key": row.key, "caption": batch["caption"][i], "truncated": batch["truncated"][i]}
-            writer.add(TEXT_SHARDS, batch["t5"][i], {**fields, "num_tokens": len(batch["t5"][i])})
+            if batch["finite"][i]:
+                writer.add(TEXT_SHARDS, batch["t5"][i], {**fields, "num_tokens": len(batch["t5"][i])})
+            else:
+                writer.reject(row.key, Reason.NONFINITE_FEATURES, "T5 gave infinite values; use text.dtype = 'bf16'")
         held.clear()
 
     def _null(self, writer: FeatureWriter) -> Record:

@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import ray
 
 from pixart_data.records import Reason
 from pixart_data.sections import Source
@@ -24,21 +26,30 @@ class Picture:
 
     sample: Sample
     decoded: "Decoded | None" = None
+    placed: Any = None
     error: Reason | None = None
     detail: str = ""
 
 
-def read_pictures(unit: Unit, source: Source, min_side_px: int | None = None) -> Iterator[Picture]:
+def read_pictures(
+    unit: Unit,
+    source: Source,
+    batch_size: int,
+    min_side_px: int | None = None,
+    then: "Callable[[Decoded], Any] | None" = None,
+) -> Iterator[Picture]:
     """Yield every sample of a unit, decoded.
 
     Args:
+        batch_size: Two batches are decoded ahead.
         min_side_px: Lets JPEGs be decoded smaller, as long as both sides keep this many pixels.
+        then: Done in the same thread; its result goes into `Picture.placed`, and the decoded image is dropped.
     """
-    decode = partial(_decode, max_pixels=source.max_image_pixels, min_side_px=min_side_px)
-    return ahead(decode, read_samples(unit, source))
+    decode = partial(_decode, max_pixels=source.max_image_pixels, min_side_px=min_side_px, then=then)
+    return ahead(decode, read_samples(unit, source), _num_threads(), 2 * batch_size)
 
 
-def ahead(function: Callable[[T], R], items: Iterable[T], num_threads: int = 2, depth: int = 16) -> Iterator[R]:
+def ahead(function: Callable[[T], R], items: Iterable[T], num_threads: int, depth: int) -> Iterator[R]:
     """Yield `function(item)` in the order of `items`, at most `depth` results ahead of the consumer."""
     with ThreadPoolExecutor(num_threads) as executor:
         pending: deque[Future[R]] = deque()
@@ -54,14 +65,23 @@ def ahead(function: Callable[[T], R], items: Iterable[T], num_threads: int = 2, 
                 future.cancel()
 
 
-def _decode(sample: Sample, max_pixels: int, min_side_px: int | None) -> Picture:
+def _num_threads() -> int:
+    """Return the CPUs that Ray gave this worker, or 2 outside of one."""
+    if not ray.is_initialized() or ray.get_runtime_context().get_actor_id() is None:
+        return 2
+    return max(2, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 2)))
+
+
+def _decode(
+    sample: Sample, max_pixels: int, min_side_px: int | None, then: "Callable[[Decoded], Any] | None"
+) -> Picture:
     """A bad image becomes a reason, never an exception."""
     from pixart_data.images import ImageRejected, decode
 
     if sample.error is not None or sample.data is None:
-        return Picture(sample, None, sample.error or Reason.NO_IMAGE, sample.detail)
+        return Picture(sample, error=sample.error or Reason.NO_IMAGE, detail=sample.detail)
     try:
         decoded = decode(sample.data, max_pixels=max_pixels, min_side_px=min_side_px)
     except ImageRejected as rejected:
-        return Picture(sample, None, rejected.reason, rejected.detail)
-    return Picture(sample, decoded)
+        return Picture(sample, error=rejected.reason, detail=rejected.detail)
+    return Picture(sample, decoded) if then is None else Picture(sample, placed=then(decoded))

@@ -5,24 +5,27 @@ Here a worker gets work only after it has answered a ping, a unit that fails is 
 of times, and a worker that dies is replaced. An error that no retry can mend (a setting, full storage) ends the job.
 """
 
+import contextlib
 import logging
 import signal
-from collections import deque
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any, Protocol
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from pipelines.cluster import Share
 from pixart_data.commits import Record
-from pixart_data.errors import ConfigError, JobError
+from pixart_data.errors import ConfigError, JobError, PixArtError
 
 log = logging.getLogger(__name__)
 
-_MAX_START_DEATHS = 3
+_MAX_FAILED_STARTS = 3
+_MAX_FAILURES_AT_FIRST = 10
 _POLL_S = 1.0
 
 Report = Callable[[int, int], None]
@@ -59,7 +62,9 @@ class _Worker:
         if self._stage is None:
             raise RuntimeError("run before load")
         self._rows = (0, 0)
-        return self._stage(unit, self._report)
+        started_s = time.monotonic()
+        record = self._stage(unit, self._report)
+        return replace(record, seconds=round(time.monotonic() - started_s, 3))
 
     def rows(self) -> tuple[int, int]:
         return self._rows
@@ -77,11 +82,16 @@ class Pool:
     max_attempts: int
     failed: dict[str, str] = field(default_factory=dict)
     _todo: deque[Any] = field(default_factory=deque)
-    _attempts: dict[str, int] = field(default_factory=dict)
+    _attempts: Counter[str] = field(default_factory=Counter)
     _starting: dict[Any, Any] = field(default_factory=dict)
     _running: dict[Any, tuple[Any, Any]] = field(default_factory=dict)
     _idle: list[Any] = field(default_factory=list)
-    _start_deaths: int = 0
+    _asked: dict[Any, Any] = field(default_factory=dict)
+    _rows: dict[Any, tuple[int, int]] = field(default_factory=dict)
+    _num_loaded: int = 0
+    _num_done: int = 0
+    _num_failures: int = 0
+    _failed_starts: int = 0
     _stopped: bool = False
 
     def work(self, units: Sequence[Work], live: Report) -> Iterator[Record]:
@@ -89,7 +99,7 @@ class Pool:
 
         Raises:
             ConfigError: If the stage cannot be built with these settings.
-            JobError: If storage fails, workers keep dying, or the process is asked to stop.
+            JobError: If storage fails, workers keep dying, nothing succeeds, or the process is asked to stop.
         """
         self._todo = deque(units)
         previous = signal.signal(signal.SIGTERM, self._stop)
@@ -107,6 +117,11 @@ class Pool:
             for worker in [*self._idle, *self._starting.values(), *(w for w, _ in self._running.values())]:
                 ray.kill(worker)
 
+    @property
+    def num_waiting(self) -> int:
+        """Workers that wait for room on the cluster or are loading their model."""
+        return len(self._starting)
+
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self._stopped = True
 
@@ -118,53 +133,68 @@ class Pool:
     def _dispatch(self) -> None:
         while self._todo and self._idle:
             unit, worker = self._todo.popleft(), self._idle.pop()
-            self._attempts[unit.id] = self._attempts.get(unit.id, 0) + 1
+            self._attempts[unit.id] += 1
             self._running[worker.run.remote(unit)] = (worker, unit)
 
     def _collect(self) -> Iterator[Record]:
-        ready, _ = ray.wait([*self._starting, *self._running], num_returns=1, timeout=_POLL_S)
+        waited = [*self._starting, *self._running]
+        ray.wait(waited, num_returns=1, timeout=_POLL_S)
+        ready, _ = ray.wait(waited, num_returns=len(waited), timeout=0)
         for reference in ready:
             if reference in self._starting:
-                self._started(reference)
-                continue
-            worker, unit = self._running.pop(reference)
-            try:
-                record = ray.get(reference)
-            except RayActorError as error:
-                self._spawn()
-                self._retry(unit, f"its worker died ({_last_line(error)})")
-            except RayTaskError as error:
-                self._idle.append(worker)
-                self._raise_if_final(error)
-                self._retry(unit, _last_line(error))
-            except RayError as error:  # among them: an exception that cannot be unpickled here
-                self._idle.append(worker)
-                self._retry(unit, _last_line(error))
+                self._started(reference, self._starting.pop(reference))
             else:
-                self._idle.append(worker)
-                yield record
+                yield from self._finished(reference, *self._running.pop(reference))
 
-    def _started(self, reference: Any) -> None:
-        worker = self._starting.pop(reference)
+    def _finished(self, reference: Any, worker: Any, unit: Any) -> Iterator[Record]:
+        self._rows.pop(worker, None)
+        try:
+            record = ray.get(reference)
+        except RayTaskError as error:
+            self._idle.append(worker)
+            if isinstance(error.cause, ConfigError | JobError):
+                raise type(error.cause)(str(error.cause)) from error
+            self._retry(unit, _last_line(error))
+        except RayError as error:  # the worker is dead, or what it sent cannot be read here: another takes its place
+            ray.kill(worker)
+            self._spawn()
+            if getattr(error, "preempted", False):
+                self._attempts[unit.id] -= 1  # the unit is not to blame for a spot machine that was taken back
+            self._retry(unit, f"its worker died ({_last_line(error)})")
+        else:
+            self._num_done += 1
+            self._idle.append(worker)
+            yield record
+
+    def _started(self, reference: Any, worker: Any) -> None:
+        """A first load that fails for a stated reason ends the job; later ones may be the fault of one machine."""
         try:
             ray.get(reference)
-        except RayTaskError as error:
-            self._idle.append(worker)  # to be ended with the others
-            self._raise_if_final(error)
-            raise
-        except RayActorError as error:
-            self._start_deaths += 1
-            if self._start_deaths >= _MAX_START_DEATHS:
+        except RayError as error:
+            ray.kill(worker)
+            cause = getattr(error, "cause", None)
+            if isinstance(cause, PixArtError) and not self._num_loaded:
+                raise type(cause)(str(cause)) from error
+            self._failed_starts += 1
+            log.warning("a worker failed to load its model: %s", _last_line(error))
+            if self._failed_starts >= _MAX_FAILED_STARTS:
                 raise JobError(
-                    f"workers die while they load the model ({_last_line(error)}); "
-                    "it may be short of memory: give cluster.num_workers a smaller number, or take a smaller model"
+                    f"workers keep failing while they load the model ({_last_line(error)}); if memory is short, give "
+                    "cluster.num_workers a smaller number, or take a smaller model"
                 ) from error
             self._spawn()
         else:
-            self._start_deaths = 0
+            self._failed_starts = 0
+            self._num_loaded += 1
             self._idle.append(worker)
 
     def _retry(self, unit: Any, reason: str) -> None:
+        self._num_failures += 1
+        if not self._num_done and self._num_failures >= max(_MAX_FAILURES_AT_FIRST, 2 * self.share.num_workers):
+            raise JobError(
+                f"the first {self._num_failures} attempts all failed, the last one at {unit.id}: {reason}; "
+                "mend the cause, then run the same command again"
+            )
         if self._attempts[unit.id] < self.max_attempts:
             log.warning("%s: attempt %d failed: %s", unit.id, self._attempts[unit.id], reason)
             self._todo.append(unit)
@@ -172,16 +202,17 @@ class Pool:
             log.error("%s: set aside after %d attempts: %s", unit.id, self.max_attempts, reason)
             self.failed[unit.id] = reason
 
-    def _raise_if_final(self, error: RayTaskError) -> None:
-        cause = error.cause
-        if isinstance(cause, ConfigError | JobError):
-            raise type(cause)(str(cause)) from error
-
     def _live_rows(self) -> tuple[int, int]:
-        try:
-            counts = ray.get([worker.rows.remote() for worker, _ in self._running.values()], timeout=_POLL_S)
-        except RayError:  # a worker that is busy or dying has nothing to tell this second
-            return (0, 0)
+        """Return the rows that units in flight have behind them, as far as their workers have told; never waits."""
+        ready, _ = ray.wait([*self._asked], num_returns=len(self._asked), timeout=0) if self._asked else ([], [])
+        for reference in ready:
+            worker = self._asked.pop(reference)
+            with contextlib.suppress(RayError):  # a dead worker has nothing to tell
+                self._rows[worker] = ray.get(reference)
+        working = [worker for worker, _ in self._running.values()]
+        if not self._asked:
+            self._asked = {worker.rows.remote(): worker for worker in working}
+        counts = [self._rows[worker] for worker in working if worker in self._rows]
         return sum(rows for rows, _ in counts), sum(rejected for _, rejected in counts)
 
 

@@ -17,6 +17,7 @@ class Progress:
         self.num_worked = 0
         self.rows = self.rejected = 0
         self._live = (0, 0)
+        self._num_waiting = 0
         self._in_place = sys.stderr.isatty()
         self._started_s = self._shown_s = time.monotonic()
 
@@ -29,9 +30,10 @@ class Progress:
         self._live = (0, 0)  # counted now, and counted anew with the next poll
         self._show(force=not self._in_place and self.num_done == self.num_units)
 
-    def live(self, rows: int, rejected: int) -> None:
-        """Tell how many rows the units in flight have behind them."""
+    def live(self, rows: int, rejected: int, num_waiting: int = 0) -> None:
+        """Tell how many rows the units in flight have behind them, and how many workers are not at work yet."""
         self._live = (rows, rejected)
+        self._num_waiting = num_waiting
         self._show()
 
     def close(self) -> None:
@@ -47,6 +49,7 @@ class Progress:
         return (
             f"{self.stage} {self.num_done}/{self.num_units} shards | {rows:,} rows | "
             f"{rows / elapsed_s:.1f} rows/s | {rejected:,} rejected | eta {self._eta(elapsed_s)}"
+            + (f" | {self._num_waiting} worker(s) starting" if self._num_waiting else "")
         )
 
     def _eta(self, elapsed_s: float) -> str:

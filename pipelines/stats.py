@@ -14,10 +14,10 @@ from pipelines.config import CaptionSet, Stats
 from pipelines.driver import Account, Plan, Run, execute, make_plan
 from pipelines.pool import Report
 from pixart_data.captions import CaptionFile, caption_files, count_captions, read_captions
-from pixart_data.commits import Record, publish, read_records, staging_path, write_atomic
+from pixart_data.commits import Record, publish_table, write_atomic
 from pixart_data.nouns import NounCounts, NounStats, build_tagger, count_nouns, find_tagger, summarise
 from pixart_data.records import SCHEMA_VERSION
-from pixart_data.reports import html_page, to_json
+from pixart_data.reports import from_json, html_page, to_json
 from pixart_data.units import encode_name
 
 STAGE = "stats"
@@ -55,7 +55,7 @@ class StatsStage:
 
         def captions() -> Iterator[str | None]:
             nonlocal num_rows
-            for row in read_captions(Path(unit.file.path), unit.column, need_key=False):
+            for row in read_captions(unit.file, unit.column, need_key=False):
                 num_rows += 1
                 if row.error is not None:
                     rejected[str(row.error)] += 1
@@ -63,9 +63,7 @@ class StatsStage:
                 yield row.caption
 
         counts = count_nouns(captions(), self.tagger)
-        staged = staging_path(self.root / _COUNTS, f"{unit.id}.parquet")
-        pq.write_table(counts.to_table(), staged, compression="zstd")
-        file = publish(staged, self.root, self.root / _COUNTS, unit.id, ".parquet")
+        file = publish_table(counts.to_table(), self.root, self.root / _COUNTS, unit.id)
         return Record(unit.id, "", {}, num_rows, num_rows - rejected.total(), dict(rejected), [file])
 
 
@@ -87,8 +85,7 @@ def prepare(job: Stats, download: bool) -> Run:
         },
         build=partial(StatsStage, root, tagger.kind),
         cluster=job.cluster,
-        swept=lambda: [root / _COUNTS],
-        suffixes=(".parquet",),
+        swept=[root / _COUNTS],
         count=lambda unit: count_captions(unit.file),
         per_cpu=True,
         judged=False,  # an image without a caption of its own is no fault of the counting
@@ -109,9 +106,7 @@ def run(job: Stats) -> list[tuple[Run, Account]]:
 
 def read_stats(job: Stats) -> dict[str, NounStats]:
     """Return the figures of a finished job, a row for each set in the job's order."""
-    records = read_records(Path(job.output))
-    units = [unit for caption_set in job.sets for unit in _units(caption_set)]
-    return _summaries(job, units, records)
+    return from_json(json.loads((Path(job.output) / JSON_FILE).read_text(encoding="utf-8")))
 
 
 def _units(caption_set: CaptionSet) -> Iterator[CountUnit]:

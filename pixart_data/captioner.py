@@ -17,6 +17,7 @@ from pixart_data.errors import ConfigError
 from pixart_data.models import loading, placement, provenance, require_weights
 
 SETTING = "captioner.model"
+_MAX_ASPECT = 16
 
 
 @dataclass(frozen=True)
@@ -49,15 +50,27 @@ class Captioner:
                 config.model, revision=config.revision, dtype=self.placement.dtype, output_loading_info=True
             )
             require_weights(info)
+            self.tokenizer = self.processor.tokenizer
         self.model.to(self.placement.device).eval()
-        self.tokenizer = self.processor.tokenizer
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
+        self._special = self._special_tokens()
         self.facts = {
             **provenance(self.model.config, config.model, config.revision, None),
             "dtype": str(self.placement.dtype).removeprefix("torch."),
         }
+
+    def _special_tokens(self) -> set[str]:
+        """Return what must not stand in a prompt that a template surrounds: it would mean a second image, or an end."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        special = {*self.tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
+        special.add(str(getattr(self.processor, "image_token", None) or "<image>"))
+        for name in ("prompt", "prompt_with_caption") if getattr(self.processor, "chat_template", None) else ():
+            found = [token for token in special if token in (getattr(self.config, name) or "")]
+            if found:
+                raise ConfigError(f"captioner.{name}: expected words, found {found[0]!r}, a token of the model")
+        return special
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """Add a column `answer` of `Caption`s to columns `image` (RGB, any size) and `raw_caption` (may be None)."""
@@ -70,7 +83,7 @@ class Captioner:
         Special tokens in a raw caption are dropped: `<image>` in it would stand for a second image.
         """
         words = raw_caption or ""
-        for token in self.tokenizer.all_special_tokens:
+        for token in self._special:
             words = words.replace(token, " ")
         words = " ".join(words.split())
         if self.config.prompt_with_caption and words:
@@ -84,8 +97,7 @@ class Captioner:
     @torch.inference_mode()
     def describe(self, images: list[Image.Image], prompts: list[str]) -> list[Caption]:
         """Return one caption for each image; they are generated as one batch."""
-        inputs = self._inputs(images, prompts)
-        num_padded = inputs["input_ids"].shape[1]
+        inputs = self._inputs([_moderate(image) for image in images], prompts)
         sampling: dict[str, Any] = {"do_sample": False}
         if self.config.temperature > 0:
             sampling = {"do_sample": True, "temperature": self.config.temperature, "top_p": self.config.top_p}
@@ -95,7 +107,10 @@ class Captioner:
             max_new_tokens=self.config.max_new_tokens,
             pad_token_id=self.tokenizer.pad_token_id,
         )
-        answers = output[:, num_padded:].tolist()
+        prompts_ids = inputs["input_ids"]
+        num_padded = prompts_ids.shape[1]
+        echoes = output.shape[1] >= num_padded and torch.equal(output[:, :num_padded], prompts_ids)
+        answers = output[:, num_padded if echoes else 0 :].tolist()  # encoder-decoder models do not repeat the prompt
         num_prompt_tokens = inputs["attention_mask"].sum(dim=1).tolist()
         return [
             self._caption(*fields) for fields in zip(answers, prompts, (int(n) for n in num_prompt_tokens), strict=True)
@@ -130,6 +145,16 @@ class Captioner:
         stopped = length < len(answer)
         text = self.tokenizer.decode(answer[:length], skip_special_tokens=True).strip()
         return Caption(text, prompt, "stop" if stopped else "length", num_prompt_tokens, length)
+
+
+def _moderate(image: Image.Image) -> Image.Image:
+    """Cut the centre out of a strip: processors resize the short side first, and a line would become a giant."""
+    longest_px = _MAX_ASPECT * min(image.size)
+    width, height = min(image.width, longest_px), min(image.height, longest_px)
+    if (width, height) == image.size:
+        return image
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def _allow_missing_torchvision() -> None:

@@ -2,21 +2,27 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pixart_data.commits import COMMITS, file_sha256, read_records
+from pixart_data.commits import COMMITS, MANIFEST, Record, file_sha256, write_atomic
 from pixart_data.errors import ConfigError, DataError
 from pixart_data.records import Reason
 from pixart_data.units import encode_name, storable
+
+FORMAT = "pixart-captions"
+FORMAT_VERSION = 1
+ROWS_PER_UNIT = 50_000
+"""Files with more rows than this are cut into units."""
 
 _SUFFIXES = (".parquet", ".jsonl")
 _ROWS_PER_READ = 4096
@@ -25,11 +31,21 @@ _KEY = re.compile(r"[A-Za-z0-9_%~-]+(/[A-Za-z0-9_%~-]+)*")
 
 @dataclass(frozen=True)
 class CaptionFile:
-    """A unit of work: one file of captions. `fingerprint` changes when its content does."""
+    """A unit of work: a file of captions, or a slice of a large one.
+
+    Attributes:
+        fingerprint: Changes when the file's content does, and when it is cut differently.
+        start: First row of the slice (for JSONL: line).
+        stop: One past the last; -1 for all.
+        first_byte: For JSONL: where the slice begins.
+    """
 
     id: str
     path: str
     fingerprint: str
+    start: int = 0
+    stop: int = -1
+    first_byte: int = 0
 
 
 @dataclass(frozen=True)
@@ -42,43 +58,102 @@ class CaptionRow:
     detail: str = ""
 
 
+def seal_captions(root: Path, records: Sequence[Record]) -> None:
+    """Write the manifest of a finished table of captions: which parts make it up."""
+    parts = [{"unit": record.unit, **asdict(file)} for record in records for file in record.files]
+    manifest = {"format": FORMAT, "version": FORMAT_VERSION, "parts": parts}
+    write_atomic(root / MANIFEST, json.dumps(manifest, indent=1).encode())
+
+
 def caption_files(path: Path, setting: str) -> list[CaptionFile]:
-    """Return the files at `path` (a file, a folder, or the output directory of `caption`), in the order of their names.
+    """Return the units at `path` (a file, a folder, or the output directory of `caption`), in the order of their names.
 
     Args:
         setting: The job file's key that holds the path, for messages.
 
     Raises:
         ConfigError: If there is nothing to read.
+        DataError: If the output of `caption` is not finished.
     """
-    if path.is_dir() and (path / COMMITS).is_dir():
-        records = read_records(path).values()
-        files = [(record.unit, path / file.path, file.sha256) for record in records for file in record.files]
-    elif path.is_dir():
+    if path.is_dir() and ((path / COMMITS).is_dir() or (path / MANIFEST).is_file()):
+        parts = _sealed_parts(path)
+        return [CaptionFile(part["unit"], str(path / part["path"]), part["sha256"]) for part in parts]
+    if path.is_dir():
         found = sorted(p for p in path.rglob("*") if p.suffix in _SUFFIXES and not p.name.startswith("."))
         relative = [p.relative_to(path) for p in found]
         stems = Counter(p.with_suffix("") for p in relative)
-        units = [p if stems[p.with_suffix("")] > 1 else p.with_suffix("") for p in relative]
-        files = [(encode_name(unit.as_posix()), p, "") for unit, p in zip(units, found, strict=True)]
+        names = [p if stems[p.with_suffix("")] > 1 else p.with_suffix("") for p in relative]
+        files = [(encode_name(name.as_posix()), p) for name, p in zip(names, found, strict=True)]
     elif path.is_file() and path.suffix in _SUFFIXES:
-        files = [(encode_name(path.stem), path, "")]
+        files = [(encode_name(path.stem), path)]
     elif path.exists():
         raise ConfigError(f"{setting}: expected .parquet, .jsonl or a folder of them, found {path}")
     else:
         raise ConfigError(f"{setting}: no such file or folder: {path}; run `pixart caption` first, or check the path")
     if not files:
         raise ConfigError(f"{setting}: {path} holds no .parquet or .jsonl file; run `pixart caption` first")
-    return [CaptionFile(unit, str(p), sha256 or _fingerprint(p)) for unit, p, sha256 in files]
+    return [unit for name, p in files for unit in _slices(name, p)]
 
 
-def read_captions(path: Path, column: str, need_key: bool) -> Iterator[CaptionRow]:
-    """Yield every row of a file; without `need_key`, rows without a key get an empty one.
+def _sealed_parts(root: Path) -> list[dict[str, Any]]:
+    try:
+        manifest = json.loads((root / MANIFEST).read_text())
+    except FileNotFoundError:
+        raise DataError(f"{root}: its captions are not finished; run `pixart caption` on it to the end") from None
+    except ValueError as error:
+        raise DataError(f"{root / MANIFEST}: not valid JSON ({error}); run `pixart caption` again") from error
+    kind = (manifest.get("format"), manifest.get("version")) if isinstance(manifest, dict) else ("something", "?")
+    if kind != (FORMAT, FORMAT_VERSION):
+        found = f"{kind[0]} version {kind[1]}"
+        raise DataError(f"{root / MANIFEST}: expected {FORMAT} version {FORMAT_VERSION}, found {found}")
+    parts: list[dict[str, Any]] = manifest["parts"]
+    return parts
+
+
+def _slices(name: str, path: Path) -> list[CaptionFile]:
+    """Cut a large file, so that several workers share it and a kill does not lose it all."""
+    base = _fingerprint(path)
+    cuts = _parquet_cuts(path) if path.suffix == ".parquet" else _jsonl_cuts(path)
+    if len(cuts) <= 1:
+        return [CaptionFile(name, str(path), base)]
+    return [
+        CaptionFile(f"{name}-{i:05d}", str(path), f"{base}:{start}:{stop}", start, stop, first_byte)
+        for i, (start, stop, first_byte) in enumerate(cuts)
+    ]
+
+
+def _parquet_cuts(path: Path) -> list[tuple[int, int, int]]:
+    with _parquet(path) as table:
+        num_rows = table.metadata.num_rows
+    return [(start, min(start + ROWS_PER_UNIT, num_rows), 0) for start in range(0, num_rows, ROWS_PER_UNIT)]
+
+
+def _jsonl_cuts(path: Path) -> list[tuple[int, int, int]]:
+    starts = []
+    place = number = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file):
+            if number % ROWS_PER_UNIT == 0:
+                starts.append((number, place))
+            place += len(line)
+    if not starts:
+        return []
+    stops = [*(number for number, _ in starts[1:]), number + 1]
+    return [(start, stop, first_byte) for (start, first_byte), stop in zip(starts, stops, strict=True)]
+
+
+def read_captions(file: CaptionFile, column: str, need_key: bool) -> Iterator[CaptionRow]:
+    """Yield every row of a file or slice.
+
+    With `need_key`, rows without a usable key, or with one that came up before, are rejected; else keys may be empty.
 
     Raises:
         ConfigError: If the column, or the key column where it is needed, is missing.
         DataError: If the file cannot be read.
     """
-    rows = _parquet_rows(path, column, need_key) if path.suffix == ".parquet" else _jsonl_rows(path, column, need_key)
+    path = Path(file.path)
+    rows = _parquet_rows(file, column, need_key) if path.suffix == ".parquet" else _jsonl_rows(file, column, need_key)
+    seen: set[str] = set()
     for place, row in rows:
         if not isinstance(row, dict):
             yield CaptionRow(f"{path.stem}/{place}", None, Reason.BAD_ROW, row)
@@ -88,21 +163,28 @@ def read_captions(path: Path, column: str, need_key: bool) -> Iterator[CaptionRo
         if need_key and not _KEY.fullmatch(key):
             detail = f"key {key[:80]!r}: expected the key of an image, of A-Z a-z 0-9 _ / % ~ - only"
             yield CaptionRow(f"{path.stem}/{place}", None, Reason.BAD_ROW, storable(detail))
+        elif need_key and key in seen:
+            yield CaptionRow(f"{path.stem}/{place}", None, Reason.DUPLICATE_KEY, f"key {key} came up before")
         elif caption is None:
             upstream = storable(str(row.get("error") or ""))
             yield CaptionRow(key, None, Reason.NO_CAPTION, upstream or f"column {column} is null")
         elif not isinstance(caption, str):
             yield CaptionRow(key, None, Reason.BAD_ROW, f"column {column} holds {type(caption).__name__}, not text")
+        elif need_key and not caption.strip():
+            yield CaptionRow(key, None, Reason.NO_CAPTION, f"column {column} is blank")
         else:
             yield CaptionRow(key, storable(caption))
+        seen.add(key)
 
 
 def count_captions(file: CaptionFile) -> int:
-    """Return the number of rows of a file.
+    """Return the number of rows of a file or slice, for JSONL blank lines included.
 
     Raises:
         DataError: If the file cannot be read.
     """
+    if file.stop >= 0:
+        return file.stop - file.start
     if file.path.endswith(".parquet"):
         with _parquet(Path(file.path)) as table:
             return int(table.metadata.num_rows)
@@ -119,35 +201,55 @@ def _parquet(path: Path) -> Iterator[pq.ParquetFile]:
         raise DataError(f"{path}: cannot be read as Parquet: {error}") from error
 
 
-def _parquet_rows(path: Path, column: str, need_key: bool) -> Iterator[tuple[str, dict[str, Any] | str]]:
+def _parquet_rows(part: CaptionFile, column: str, need_key: bool) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    path = Path(part.path)
     with _parquet(path) as file:
         names = file.schema_arrow.names
         _require(path, column, need_key, names)
+        stop = part.stop if part.stop >= 0 else file.metadata.num_rows
+        groups, first = _row_groups(file.metadata, part.start, stop)
         wanted = [name for name in ("key", column, "error") if name in names]
-        batches = file.iter_batches(_ROWS_PER_READ, columns=wanted)
-        for number, row in enumerate(row for batch in batches for row in batch.to_pylist()):
+        batches = file.iter_batches(_ROWS_PER_READ, row_groups=groups, columns=wanted)
+        rows = (row for batch in batches for row in batch.to_pylist())
+        for number, row in enumerate(itertools.islice(rows, part.start - first, stop - first), part.start):
             yield f"row-{number:06d}", row
 
 
-def _jsonl_rows(path: Path, column: str, need_key: bool) -> Iterator[tuple[str, dict[str, Any] | str]]:
+def _row_groups(metadata: pq.FileMetaData, start: int, stop: int) -> tuple[list[int], int]:
+    """Return the row groups that hold the rows from start to stop, and the number of their first row."""
+    ends = list(itertools.accumulate(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)))
+    begins = [0, *ends[:-1]] if ends else []
+    groups = [i for i, (begin, end) in enumerate(zip(begins, ends, strict=True)) if begin < stop and end > start]
+    return groups, begins[groups[0]] if groups else start
+
+
+def _jsonl_rows(part: CaptionFile, column: str, need_key: bool) -> Iterator[tuple[str, dict[str, Any] | str]]:
     """Yield each line with its place: the row, or what is wrong with it."""
+    path = Path(part.path)
     checked = False
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
-        for number, line in enumerate(file):
-            if not line.strip():
+    with path.open("rb") as file:
+        file.seek(part.first_byte)
+        lines = file if part.stop < 0 else itertools.islice(file, part.stop - part.start)
+        for number, line in enumerate(lines, part.start):
+            row = _parse(line)
+            if row is None:
                 continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                yield f"line-{number:06d}", f"not JSON: {error}"
-                continue
-            if not isinstance(row, dict):
-                yield f"line-{number:06d}", "not a JSON object"
-                continue
-            if not checked:
+            if isinstance(row, dict) and not checked:
                 _require(path, column, need_key, list(row))
                 checked = True
             yield f"line-{number:06d}", row
+
+
+def _parse(line: bytes) -> dict[str, Any] | str | None:
+    """Return a line's object, what is wrong with the line, or None for a blank one."""
+    text = line.decode("utf-8-sig", errors="replace").strip()
+    if not text:
+        return None
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return f"not JSON: {error}"
+    return row if isinstance(row, dict) else "not a JSON object"
 
 
 def _require(path: Path, column: str, need_key: bool, names: list[str]) -> None:

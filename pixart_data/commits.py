@@ -12,16 +12,22 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from pixart_data.errors import DataError, JobError
 
 COMMITS = "commits"
+MANIFEST = "manifest.json"  # of a finished output: says which files make it up
 _TEMPORARY = ".tmp-"
+_PUBLISHED = re.compile(r".+-[0-9a-f]{8}\.(tar|parquet)")
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,7 @@ def write_atomic(path: Path, data: bytes) -> None:
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
-        _sync_dir(path.parent)
+        sync_dir(path.parent)
 
 
 def staging_path(directory: Path, name: str) -> Path:
@@ -123,14 +129,28 @@ def publish(staged: Path, root: Path, directory: Path, unit: str, suffix: str) -
     Same content, same name: publishing twice is harmless. Returns the file as a record names it, relative to `root`.
     """
     with storage(directory):
-        with staged.open("rb") as file:
-            os.fsync(file.fileno())
         sha256 = file_sha256(staged)
         size_bytes = staged.stat().st_size
-        path = directory / f"{unit}-{sha256[:8]}{suffix}"
-        os.replace(staged, path)
-        _sync_dir(directory)
+    path = directory / f"{unit}-{sha256[:8]}{suffix}"
+    replace_file(staged, path)
     return PublishedFile(path.relative_to(root).as_posix(), size_bytes, sha256)
+
+
+def replace_file(staged: Path, path: Path) -> None:
+    """Flush a staged file and rename it to `path`, replacing what is there."""
+    with storage(path):
+        with staged.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(staged, path)
+        sync_dir(path.parent)
+
+
+def publish_table(table: pa.Table, root: Path, directory: Path, unit: str) -> PublishedFile:
+    """Write a table as Parquet and publish it."""
+    staged = staging_path(directory, f"{unit}.parquet")
+    with storage(staged):
+        pq.write_table(table, staged, compression="zstd")
+    return publish(staged, root, directory, unit, ".parquet")
 
 
 def file_sha256(path: Path) -> str:
@@ -165,23 +185,24 @@ def read_records(root: Path) -> dict[str, Record]:
     return records
 
 
-def sweep(root: Path, directories: Iterable[Path], suffixes: tuple[str, ...]) -> int:
-    """Delete what no record names: temporary files and published files of attempts that never committed.
+def sweep(root: Path, directories: Iterable[Path]) -> int:
+    """Delete what no record names: temporary files, and published files of attempts that never committed.
 
-    Only call this while holding `output_lock(root)`.
+    Only temporary files are deleted in `root` itself and beside the records. In `directories`, which hold nothing but
+    published files, so are files that are named as `publish` names them. Only call this while holding
+    `output_lock(root)`.
 
     Returns:
         The number of files deleted.
     """
     named = {root / file.path for record in read_records(root).values() for file in record.files}
-    deleted = 0
+    leftovers = [path for directory in (root, root / COMMITS) for path in directory.glob(f"{_TEMPORARY}*")]
     for directory in directories:
-        for path in directory.glob("*") if directory.is_dir() else ():
-            temporary = path.name.startswith(_TEMPORARY)
-            if path.is_file() and (temporary or (path.name.endswith(suffixes) and path not in named)):
-                path.unlink(missing_ok=True)
-                deleted += 1
-    return deleted
+        leftovers += directory.glob(f"{_TEMPORARY}*")
+        leftovers += (p for p in directory.glob("*") if _PUBLISHED.fullmatch(p.name) and p not in named)
+    for path in leftovers:
+        path.unlink(missing_ok=True)
+    return len(leftovers)
 
 
 @contextlib.contextmanager
@@ -207,7 +228,8 @@ def output_lock(root: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _sync_dir(directory: Path) -> None:
+def sync_dir(directory: Path) -> None:
+    """Flush a directory, so that a rename in it survives a power cut."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -21,15 +21,18 @@ DOWNSAMPLING = 8
 class ImageEncoder:
     """A VAE of the Stable Diffusion family: images to posteriors, and latents back to images.
 
+    `setting` is the job file's key that names the model, for messages.
+
     Raises:
         ConfigError: If the model cannot be loaded or does not downsample by 8.
     """
 
-    def __init__(self, config: sections.ImageFeatures) -> None:
+    def __init__(self, config: sections.ImageFeatures, setting: str = "image.model") -> None:
         from diffusers import AutoencoderKL
 
-        self.placement = placement(config.device, config.dtype)
-        with loading("image.model", config.model):
+        # bf16 arithmetic moves latents by about 1% of their standard deviation, for features that are stored as fp16.
+        self.placement = placement(config.device, "fp32" if config.dtype == "auto" else config.dtype)
+        with loading(setting, config.model):
             self.vae, info = AutoencoderKL.from_pretrained(
                 config.model,
                 subfolder=config.subfolder,
@@ -42,7 +45,7 @@ class ImageEncoder:
         self.vae.to(self.placement.device).eval()
         factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         if factor != DOWNSAMPLING:
-            raise ConfigError(f"image.model: expected a VAE that downsamples by 8, {config.model} does by {factor}")
+            raise ConfigError(f"{setting}: expected a VAE that downsamples by 8, {config.model} does by {factor}")
         self.facts = {
             **provenance(self.vae.config, config.model, config.revision, config.subfolder),
             "dtype": str(self.placement.dtype).removeprefix("torch."),
@@ -56,8 +59,8 @@ class ImageEncoder:
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Add `moments`, F16 (B, 2, C, h, w): posterior mean and std, unscaled, to `pixels`, uint8 (B, H, W, 3)."""
         pixels = torch.from_numpy(np.ascontiguousarray(batch["pixels"])).to(self.placement.device)
-        x = pixels.permute(0, 3, 1, 2).to(self.placement.dtype) / 127.5 - 1.0  # (B, 3, H, W)
-        posterior = self.vae.encode(x).latent_dist
+        x = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1.0  # (B, 3, H, W); in bf16 this would err by half a level
+        posterior = self.vae.encode(x.to(self.placement.dtype)).latent_dist
         moments = torch.stack([posterior.mean, posterior.std], dim=1)  # (B, 2, C, h, w)
         return batch | {"moments": moments.to(torch.float16).cpu().numpy()}
 
@@ -72,16 +75,18 @@ class ImageEncoder:
 class TextEncoder:
     """A T5 encoder. Captions are cleaned by the section's policy, cut at `max_tokens`, and encoded by length.
 
+    `setting` is the job file's key that names the model, for messages.
+
     Raises:
         ConfigError: If the model or its tokenizer cannot be loaded.
     """
 
-    def __init__(self, config: sections.TextFeatures) -> None:
+    def __init__(self, config: sections.TextFeatures, setting: str = "text.model") -> None:
         from transformers import AutoTokenizer, T5EncoderModel
 
         self.config = config
         self.placement = placement(config.device, config.dtype)
-        with loading("text.model", config.model):
+        with loading(setting, config.model):
             # `None` is not a subfolder to transformers, the empty string is none.
             self.tokenizer = AutoTokenizer.from_pretrained(
                 config.model, subfolder=config.tokenizer_subfolder or "", revision=config.revision
@@ -104,7 +109,7 @@ class TextEncoder:
         }
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Add to `caption` (strings): `caption` cleaned, `t5` (list of (n, D) bf16 bits), `truncated` (bools)."""
+        """Clean the column `caption`; add `t5`, a list of (n, D) bf16 bits, and the bools `truncated` and `finite`."""
         captions = [clean(caption, self.config.cleaning) for caption in batch["caption"]]
         tokens = self._tokens(captions)
         features = self._encode([row[: self.config.max_tokens] for row in tokens])
@@ -112,6 +117,7 @@ class TextEncoder:
             "caption": captions,
             "t5": [self._bits(f) for f in features],
             "truncated": [len(row) > self.config.max_tokens for row in tokens],
+            "finite": [bool(f.isfinite().all()) for f in features],
         }
 
     def encode(self, captions: list[str]) -> list[torch.Tensor]:

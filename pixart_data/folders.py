@@ -19,6 +19,7 @@ from pixart_data.units import (
     encode_name,
     encode_path,
     is_image,
+    is_missing,
     load_sample,
     split_extension,
 )
@@ -70,7 +71,10 @@ def _caption(image_path: str) -> str | None:
     try:
         with open(split_extension(image_path)[0] + ".txt", "rb") as file:
             return caption_text(file.read(MAX_CAPTION_BYTES))
-    except OSError:
+    except OSError as error:
+        if not is_missing(error):
+            why = f"{error.strerror}; check the storage, then run again"
+            raise DataError(f"{image_path}: its caption cannot be read: {why}") from error
         return None
 
 

@@ -20,9 +20,6 @@ from PIL import Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 from pixart_data.buckets import RESIZE_FILTER, Bucket, place
 from pixart_data.records import Reason
 
-Image.MAX_IMAGE_PIXELS = None  # decode() checks every header against its own limit before any pixel is read
-PngImagePlugin.MAX_TEXT_CHUNK = 1 << 26  # generators embed workflows of megabytes; pillow gives up at one
-
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 _ORIENTATION = 0x0112
 _TIFF_BITS = 258
@@ -158,7 +155,10 @@ def fit(image: Image.Image, bucket: Bucket) -> NDArray[np.uint8]:
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
+    """Prepare Pillow for the whole process, once, and return the formats it can read here."""
     Image.init()
+    Image.MAX_IMAGE_PIXELS = None  # decode() checks every header against its own limit before any pixel is read
+    PngImagePlugin.MAX_TEXT_CHUNK = 1 << 26  # generators embed workflows of megabytes; pillow gives up at one
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 

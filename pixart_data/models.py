@@ -48,8 +48,7 @@ def loading(setting: str, model: str) -> Iterator[None]:
     Raises:
         ConfigError: If the model is missing, incomplete, of another kind, or needs a package that is not installed.
     """
-    if model.startswith("/") and not Path(model).is_dir():
-        raise ConfigError(f"{setting}: no such folder: {model}; give a folder that from_pretrained loads, or a hub id")
+    _require_folder(setting, model, None)
     from safetensors import SafetensorError
 
     try:
@@ -74,15 +73,18 @@ def require_weights(info: dict[str, Any]) -> None:
         raise ValueError(f"{len(missing)} of the model's weights are not in it, e.g. {missing[0]}")
 
 
-def identity(model: str, revision: str | None, subfolder: str | None) -> str:
+def identity(setting: str, model: str, revision: str | None, subfolder: str | None) -> str:
     """Return a string that changes when the weights do; part of every digest.
 
     For a folder: a digest of names, sizes and the first, middle and last MiB of its files, so that retrained weights
     of the same shape differ while 40 GB need not be read. For a hub id: the id and the revision asked for.
+
+    Raises:
+        ConfigError: If the model is a folder that does not exist.
     """
     if not model.startswith("/"):
         return f"{model}@{revision or 'main'}/{subfolder or ''}"
-    root = Path(model) / (subfolder or "")
+    root = _require_folder(setting, model, subfolder)
     sha256 = hashlib.sha256()
     for path in sorted(p for p in root.rglob("*") if p.is_file()):
         size_bytes = path.stat().st_size
@@ -104,7 +106,7 @@ def provenance(config: Any, model: str, revision: str | None, subfolder: str | N
         "id": model,
         "subfolder": subfolder,
         "revision": commit or revision,
-        "identity": identity(model, commit or revision, subfolder),
+        "identity": identity(model, model, commit or revision, subfolder),
     }
 
 
@@ -117,6 +119,13 @@ def versions(*packages: str) -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
+
+
+def _require_folder(setting: str, model: str, subfolder: str | None) -> Path:
+    folder = Path(model) / (subfolder or "")
+    if model.startswith("/") and not folder.is_dir():
+        raise ConfigError(f"{setting}: no such folder: {folder}; give a folder that from_pretrained loads, or a hub id")
+    return folder
 
 
 def _first_line(error: BaseException) -> str:

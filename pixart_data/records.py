@@ -27,6 +27,7 @@ class Reason(StrEnum):
     BAD_ROW = "bad_row"
     NO_CAPTION = "no_caption"
     EMPTY_CAPTION = "empty_caption"
+    DUPLICATE_KEY = "duplicate_key"
     NONFINITE_FEATURES = "nonfinite_features"
 
 

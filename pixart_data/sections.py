@@ -83,7 +83,7 @@ class ImageFeatures(Section):
     batch_size: int = Field(default=16, ge=1)
     """Images of one bucket that are encoded at once."""
     dtype: Dtype = "auto"
-    """`auto`: bf16 on a GPU, fp32 on a CPU; features are stored as fp16 either way."""
+    """Of the arithmetic; `auto`: fp32. Features are stored as fp16 either way."""
     device: Device = "auto"
     """`auto`: a GPU if there is one."""
     set: str | None = None

@@ -12,13 +12,14 @@ Tensor data starts on a multiple of 64 bytes. Member headers depend on nothing b
 reader can rebuild and check every byte of a shard.
 """
 
-import hashlib
 import json
 import os
 import tarfile
+import threading
 import zlib
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,20 +27,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pixart_data.commits import Record, storage, write_atomic
+from pixart_data.commits import MANIFEST, Record, file_sha256, replace_file, staging_path, storage, write_atomic
 from pixart_data.errors import DataError, JobError
+from pixart_data.records import REJECTED
 
 FORMAT = "pixart-features"
 FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
 INDEX = "index.parquet"
 REJECTED_FILE = "rejected.parquet"
 INDEX_PARTS = "index"
 
 _BLOCK = 512
 _ALIGNMENT = 64
+_MAX_OPEN_SHARDS = 64  # for each thread
 _DTYPES: dict[str, npt.DTypeLike] = {"F16": np.float16, "F32": np.float32, "BF16": np.uint16}
 
 
@@ -75,6 +78,7 @@ class Manifest:
     shards: list[dict[str, Any]]
     buckets: list[dict[str, Any]] = field(default_factory=list)
     index_sha256: str = ""
+    rejected_sha256: str = ""
     provenance: dict[str, Any] = field(default_factory=dict)
     format: str = FORMAT
     version: int = FORMAT_VERSION
@@ -145,23 +149,21 @@ class ShardWriter:
 class FeatureSet:
     """A sealed feature set, opened for reading: manifest, index, and tensors by positioned reads.
 
-    Thread-safe. `index` is the whole index table; rows are addressed by shard path, offset and size from it.
+    Thread-safe. Each thread keeps its last few shards open: a shuffled epoch visits tens of thousands.
+
+    Attributes:
+        index: The index table, or the columns of it that were asked for; at 25M samples captions alone are gigabytes.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, columns: list[str] | None = None) -> None:
         self.root = root
         self.manifest = read_manifest(root)
-        self.index = pq.read_table(root / INDEX)
-        self._descriptors: dict[str, int] = {}
+        self.index = pq.read_table(root / INDEX, columns=columns)
+        self._local = threading.local()
+        self._opened: list[OrderedDict[str, int]] = []
 
     def __len__(self) -> int:
         return int(self.index.num_rows)
-
-    def read_bytes(self, shard: str, offset_bytes: int, size_bytes: int) -> bytes:
-        """Return `size_bytes` from a shard with one positioned read; raises as `read_into` does."""
-        data = bytearray(size_bytes)
-        self.read_into(shard, offset_bytes, memoryview(data))
-        return bytes(data)
 
     def read_into(self, shard: str, offset_bytes: int, buffer: memoryview) -> None:
         """Fill `buffer`, whose items are single bytes, from a shard with one positioned read.
@@ -170,13 +172,7 @@ class FeatureSet:
             DataError: If the shard is missing or too short.
             JobError: If the storage fails.
         """
-        descriptor = self._descriptors.get(shard)
-        if descriptor is None:
-            try:
-                descriptor = os.open(self.root / shard, os.O_RDONLY)
-            except OSError as error:
-                raise DataError(f"{self.root / shard}: cannot be opened ({error.strerror}); extract again") from error
-            descriptor = self._keep(shard, descriptor)
+        descriptor = self._descriptor(shard)
         try:
             num_read = os.preadv(descriptor, [buffer], offset_bytes)
         except OSError as error:
@@ -191,16 +187,31 @@ class FeatureSet:
         self.read_into(shard, offset_bytes, data.data)
         return data.view(_DTYPES[self.manifest.dtype]).reshape(shape)
 
-    def _keep(self, shard: str, descriptor: int) -> int:
-        kept = self._descriptors.setdefault(shard, descriptor)
-        if kept != descriptor:  # another thread opened the same shard first
-            os.close(descriptor)
-        return kept
+    def _descriptor(self, shard: str) -> int:
+        opened: OrderedDict[str, int] | None = getattr(self._local, "opened", None)
+        if opened is None:
+            opened = self._local.opened = OrderedDict()
+            self._opened.append(opened)
+        if shard not in opened:
+            if len(opened) >= _MAX_OPEN_SHARDS:
+                os.close(opened.popitem(last=False)[1])
+            try:
+                opened[shard] = os.open(self.root / shard, os.O_RDONLY)
+            except FileNotFoundError:
+                raise DataError(
+                    f"{self.root / shard}: missing; `pixart verify {self.root}` names what it held"
+                ) from None
+            except OSError as error:
+                why = f"{error.strerror}; check the storage, then run again"
+                raise JobError(f"{self.root / shard}: cannot be opened: {why}") from error
+        opened.move_to_end(shard)
+        return opened[shard]
 
     def close(self) -> None:
-        """Close the shards."""
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+        """Close the shards; no thread may be reading."""
+        for opened in self._opened:
+            while opened:
+                os.close(opened.popitem()[1])
 
 
 def read_manifest(root: Path) -> Manifest:
@@ -228,9 +239,8 @@ def read_manifest(root: Path) -> Manifest:
 
 def feature_sets(root: Path) -> dict[str, Path]:
     """Return the sealed feature sets of a dataset by name; `root` may also be a single set."""
-    if (root / MANIFEST).is_file():
-        return {root.name: root}
-    return {path.parent.name: path.parent for path in sorted(root.glob(f"*/{MANIFEST}"))}
+    paths = [root / MANIFEST] if (root / MANIFEST).is_file() else sorted(root.glob(f"*/{MANIFEST}"))
+    return {path.parent.name: path.parent for path in paths if FORMAT.encode() in path.read_bytes()}
 
 
 def seal(root: Path, records: Sequence[Record], schema: pa.Schema, manifest: Manifest) -> Manifest:
@@ -239,35 +249,57 @@ def seal(root: Path, records: Sequence[Record], schema: pa.Schema, manifest: Man
     Args:
         records: The commit records of every unit of the set, in the order the index is to have.
         schema: `records.IMAGE_INDEX` or `records.TEXT_INDEX`.
-        manifest: Complete but for `index_sha256`.
+        manifest: Complete but for the two checksums.
 
     Raises:
         DataError: If a key occurs twice.
     """
     parts = [file.path for record in records for file in record.files if file.path.startswith(f"{INDEX_PARTS}/")]
-    tables = [pq.read_table(root / part, schema=schema) for part in parts]
-    table = pa.concat_tables(tables) if tables else schema.empty_table()
-    valid = table["error"].is_null()
-    index = table.filter(valid).drop_columns(["error", "detail"])
-    if index.num_rows != len(index["key"].unique()):
-        twice = next(k for k, n in zip(*_key_counts(index), strict=True) if n > 1)
-        raise DataError(f"{root}: key {twice} occurs twice; give the sources different names with source.root")
-    rejected = table.filter(table["error"].is_valid()).select(["key", "error", "detail"])
-    _write_table(root / REJECTED_FILE, rejected)
-    index_sha256 = _write_table(root / INDEX, index)
-    sealed = Manifest(**{**asdict(manifest), "index_sha256": index_sha256})
+    index = _Table(root / INDEX, _without(schema, "error", "detail"))
+    rejected = _Table(root / REJECTED_FILE, REJECTED)
+    keys: list[pa.ChunkedArray] = []
+    for part in parts:
+        table = pq.read_table(root / part, schema=schema)
+        index.write(table.filter(table["error"].is_null()).select(index.schema.names))
+        rejected.write(table.filter(table["error"].is_valid()).select(REJECTED.names))
+        keys.append(table.filter(table["error"].is_null())["key"])
+    _require_distinct(root, keys)
+    sealed = replace(manifest, rejected_sha256=rejected.publish(), index_sha256=index.publish())
     write_atomic(root / MANIFEST, json.dumps(asdict(sealed), indent=1).encode())
     return sealed
 
 
-def _key_counts(index: pa.Table) -> tuple[list[str], list[int]]:
-    counts = index["key"].combine_chunks().value_counts()
-    return counts.field("values").to_pylist(), counts.field("counts").to_pylist()
+class _Table:
+    """A Parquet file that is written part by part under a temporary name: an index need not fit into memory."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self.path, self.schema = path, schema
+        self._staged = staging_path(path.parent, path.name)
+        self._writer = pq.ParquetWriter(self._staged, schema, compression="zstd")
+
+    def write(self, table: pa.Table) -> None:
+        with storage(self.path):
+            self._writer.write_table(table)
+
+    def publish(self) -> str:
+        """Put the file in its place and return its sha256."""
+        with storage(self.path):
+            self._writer.close()
+            sha256 = file_sha256(self._staged)
+            replace_file(self._staged, self.path)
+        return sha256
 
 
-def _write_table(path: Path, table: pa.Table) -> str:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    data = sink.getvalue().to_pybytes()
-    write_atomic(path, data)
-    return hashlib.sha256(data).hexdigest()
+def _without(schema: pa.Schema, *names: str) -> pa.Schema:
+    return pa.schema([column for column in schema if column.name not in names])
+
+
+def _require_distinct(root: Path, keys: list[pa.ChunkedArray]) -> None:
+    chunks = [chunk for column in keys for chunk in column.chunks]
+    counts = pa.chunked_array(chunks, pa.string()).value_counts()
+    twice = counts.filter(pc.greater(counts.field("counts"), 1))
+    if len(twice):
+        raise DataError(
+            f"{root}: key {twice[0]['values']} and {len(twice) - 1} others occur more than once; a feature set holds "
+            "one row for each image: name sources apart with source.root, or keep one caption for each key"
+        )

@@ -62,8 +62,7 @@ def read_samples(unit: Unit, source: Source, *, with_images: bool = True) -> Ite
             with them goes unnoticed.
 
     Raises:
-        DataError: If a list changed since `find_units`.
-        JobError: If the storage of a tar fails.
+        DataError: If the storage fails, or a list changed since `find_units`.
     """
     if unit.kind == "tar":
         return read_tar(unit, source, with_images)

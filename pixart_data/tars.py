@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pixart_data.errors import JobError
+from pixart_data.errors import DataError
 from pixart_data.records import Reason
 from pixart_data.sections import Source
 from pixart_data.units import (
@@ -91,7 +91,7 @@ def read_tar(unit: Unit, source: Source, with_images: bool) -> Iterator[Sample]:
     """Yield the samples of a tar in the order of their images.
 
     Raises:
-        JobError: If the storage fails; a bad tar gives rejected samples.
+        DataError: If the storage fails; a bad tar gives rejected samples.
     """
     with _opened(unit.path) as descriptor:
         index = _index(descriptor)
@@ -114,7 +114,7 @@ def _opened(path: str) -> Iterator[int]:
         descriptor = os.open(path, os.O_RDONLY)
         yield descriptor
     except OSError as error:
-        raise JobError(f"{path}: cannot be read: {error.strerror}; check the storage, then run again") from error
+        raise DataError(f"{path}: cannot be read: {error.strerror}; check the storage, then run again") from error
     finally:
         if descriptor >= 0:
             os.close(descriptor)
@@ -312,8 +312,12 @@ def _read_sidecar(unit: Unit) -> _Sidecar | None:
                 return None
             columns = [name for name in ("key", "status", "caption") if name in file.schema_arrow.names]
             rows = file.read(columns=columns).to_pylist()
-    except (OSError, pa.ArrowException):
+    except pa.ArrowException:
         return None
+    except OSError as error:
+        if error.errno is None:  # pyarrow says of a damaged file, too, that it cannot be read
+            return None
+        raise DataError(f"{unit.sidecar}: cannot be read: {error}; check the storage, then run again") from error
     captions = {}
     for row in rows:
         if row["status"] == "success" and isinstance(row["key"], str):

@@ -1,5 +1,6 @@
 """Units of work and the samples in them: what the readers of tars, folders and lists share."""
 
+import errno
 import hashlib
 import os
 import re
@@ -16,7 +17,11 @@ MAX_FILE_BYTES = 1 << 30
 MAX_CAPTION_BYTES = 1 << 20
 """Of a caption file, this much is read."""
 
-_EDGE_BYTES = 1 << 20
+_MISSING = {
+    getattr(errno, name)
+    for name in ("ENOENT", "ENOTDIR", "EISDIR", "ELOOP", "ENAMETOOLONG", "EINVAL", "EACCES", "EPERM")
+}
+_EDGE_BYTES = 1 << 16
 _MAX_NAME = 160
 
 
@@ -113,7 +118,7 @@ def is_image(path: str) -> bool:
 
 
 def fingerprint(*paths: str) -> str:
-    """Return a sha256 over the sizes, first and last MiB of files.
+    """Return a sha256 over the sizes, first and last 64 KiB of files.
 
     Raises:
         DataError: If one cannot be read.
@@ -132,8 +137,17 @@ def fingerprint(*paths: str) -> str:
     return digest.hexdigest()
 
 
+def is_missing(error: OSError) -> bool:
+    """Tell a file that cannot be had, which is a fact about the data, from storage that fails, which may pass."""
+    return error.errno in _MISSING
+
+
 def load_sample(key: str, path: str, caption: str | None, with_images: bool) -> Sample:
-    """Read an image file into a sample; what cannot be read is rejected, whatever the cause."""
+    """Read an image file into a sample; a missing one is rejected.
+
+    Raises:
+        DataError: If the storage fails.
+    """
     if not with_images:
         return Sample(key, None, caption)
     try:
@@ -145,6 +159,8 @@ def load_sample(key: str, path: str, caption: str | None, with_images: bool) -> 
         with open(path, "rb") as file:
             return Sample(key, file.read(), caption)
     except OSError as error:
+        if not is_missing(error):
+            raise DataError(f"{path}: cannot be read: {error.strerror}; check the storage, then run again") from error
         return rejected(key, Reason.MISSING_FILE, f"{path}: {error.strerror}", caption)
     except ValueError as error:  # a NUL or a lone surrogate in the path
         return rejected(key, Reason.MISSING_FILE, f"{path!r}: {error}", caption)

@@ -1,18 +1,20 @@
 """Re-reading every byte of what was written, and naming the sample that is damaged."""
 
 import hashlib
+import itertools
+import mmap
 import zlib
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 
 from pixart_data.commits import COMMITS, file_sha256, read_records
 from pixart_data.errors import DataError
-from pixart_data.shards import INDEX, Manifest, feature_sets, member_prefix, read_manifest, tensor_shape
+from pixart_data.shards import INDEX, REJECTED_FILE, Manifest, feature_sets, member_prefix, read_manifest, tensor_shape
 
 _ADDRESS = ("key", "shard", "offset_bytes", "size_bytes", "crc32")
 
@@ -40,14 +42,16 @@ def verify(root: Path) -> Iterator[Finding]:
     for path in sets.values():
         yield from _verify_set(path)
     for path in sorted(path.parent for path in (root / COMMITS, *root.glob(f"*/{COMMITS}")) if path.is_dir()):
-        if path not in sets.values():  # captions, or a feature set that is not finished
-            yield from _verify_records(path)
+        in_manifest = {".tar"} if path in sets.values() else set()  # of captions and unfinished sets, all files
+        yield from _verify_records(path, in_manifest)
 
 
-def _verify_records(root: Path) -> Iterator[Finding]:
+def _verify_records(root: Path, skipped: set[str]) -> Iterator[Finding]:
     for record in read_records(root).values():
         for file in record.files:
             path = root / file.path
+            if path.suffix in skipped:
+                continue
             if not path.is_file():
                 yield Finding(path, problem=f"missing; delete commits/{record.unit}.json and run the job again")
             elif file_sha256(path) != file.sha256:
@@ -58,34 +62,48 @@ def _verify_records(root: Path) -> Iterator[Finding]:
 
 def _verify_set(root: Path) -> Iterator[Finding]:
     manifest = read_manifest(root)
-    index_path = root / INDEX
-    if not index_path.is_file() or file_sha256(index_path) != manifest.index_sha256:
-        yield Finding(index_path, problem="the index is missing or damaged; run `pixart extract` again to rewrite it")
-        return
-    yield Finding(index_path, index_path.stat().st_size)
-    rows = _rows_by_shard(index_path, manifest)
-    remedy = {
-        file.path: f"delete {root / COMMITS / record.unit}.json and extract again: only that shard is redone"
-        for record in read_records(root).values()
-        for file in record.files
-    }
+    for path, sha256 in ((root / INDEX, manifest.index_sha256), (root / REJECTED_FILE, manifest.rejected_sha256)):
+        if not path.is_file() or file_sha256(path) != sha256:
+            yield Finding(
+                path, problem="missing or damaged; run `pixart extract` again: it is rewritten from its parts"
+            )
+            return
+        yield Finding(path, path.stat().st_size)
+    index = _Index(root / INDEX, manifest)
+    units = {file.path: record.unit for record in read_records(root).values() for file in record.files}
     for shard in manifest.shards:
-        for finding in _verify_shard(root / shard["path"], shard, rows.pop(shard["path"], []), manifest):
-            advice = f"; {remedy.get(shard['path'], 'extract again')}" if finding.problem else ""
+        for finding in _verify_shard(root / shard["path"], shard, index.rows(shard["path"]), manifest):
+            record = root / COMMITS / f"{units.get(shard['path'], '*')}.json"
+            advice = f"; delete {record} and extract again: only that shard is redone" if finding.problem else ""
             yield replace(finding, problem=finding.problem + advice)
-    for path, orphans in rows.items():
-        yield Finding(root / path, 0, len(orphans), orphans[0]["key"], "in the index but not in the manifest")
+    for unknown in sorted(index.shards - {shard["path"] for shard in manifest.shards}):
+        key = index.rows(unknown)[0]["key"]
+        yield Finding(root / unknown, 0, 0, key, "in the index but not in the manifest; extract again")
 
 
-def _rows_by_shard(index_path: Path, manifest: Manifest) -> dict[str, list[dict[str, Any]]]:
-    extra = ("height_px", "width_px") if manifest.kind == "image" else ("num_tokens",)
-    rows: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in pq.read_table(index_path, columns=[*_ADDRESS, *extra]).to_pylist():
-        rows[row["shard"]].append(row)
-    null = manifest.model.get("null")
-    if null:
-        rows[null["path"]].append({"key": "null-caption", **null})
-    return rows
+class _Index:
+    """The rows of an index by shard, as Arrow columns until they are asked for."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        extra = ("height_px", "width_px") if manifest.kind == "image" else ("num_tokens",)
+        self._table = pq.read_table(path, columns=[*_ADDRESS, *extra])
+        shards = self._table["shard"].combine_chunks().dictionary_encode()
+        numbers = shards.indices.to_numpy(zero_copy_only=False)
+        self._order = np.argsort(numbers, kind="stable")
+        bounds = np.searchsorted(numbers[self._order], np.arange(len(shards.dictionary) + 1))
+        self._slices = dict(zip(shards.dictionary.to_pylist(), itertools.pairwise(bounds.tolist()), strict=True))
+        self._null = manifest.model.get("null")
+
+    @property
+    def shards(self) -> set[str]:
+        return set(self._slices)
+
+    def rows(self, shard: str) -> list[dict[str, Any]]:
+        start, stop = self._slices.get(shard, (0, 0))
+        rows: list[dict[str, Any]] = self._table.take(self._order[start:stop]).to_pylist()
+        if self._null and self._null["path"] == shard:
+            rows.append({"key": "null-caption", **self._null})
+        return rows
 
 
 def _verify_shard(
@@ -94,7 +112,17 @@ def _verify_shard(
     if not path.is_file():
         yield Finding(path, problem=f"missing, with {len(rows)} samples from {rows[0]['key'] if rows else '?'} on")
         return
-    data = path.read_bytes()
+    with path.open("rb") as file:
+        if not path.stat().st_size:
+            yield Finding(path, problem=f"empty, expected {shard['size_bytes']} bytes")
+            return
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            yield from _verify_data(path, data, shard, rows, manifest)
+
+
+def _verify_data(
+    path: Path, data: mmap.mmap, shard: dict[str, Any], rows: list[dict[str, Any]], manifest: Manifest
+) -> Iterator[Finding]:
     damaged = [row["key"] for row in rows if zlib.crc32(_tensor(data, row)) != row["crc32"]]
     whole = hashlib.sha256(data).hexdigest() == shard["sha256"]
     if not whole and not damaged:
@@ -108,10 +136,10 @@ def _verify_shard(
         yield Finding(path, len(data), len(rows))
 
 
-def _tensor(data: bytes, row: dict[str, Any]) -> bytes:
+def _tensor(data: mmap.mmap, row: dict[str, Any]) -> bytes:
     return data[row["offset_bytes"] : row["offset_bytes"] + row["size_bytes"]]
 
 
-def _prefix_is_whole(data: bytes, row: dict[str, Any], manifest: Manifest) -> bool:
+def _prefix_is_whole(data: mmap.mmap, row: dict[str, Any], manifest: Manifest) -> bool:
     prefix = member_prefix(row["key"], manifest.tensor, manifest.dtype, tensor_shape(row, manifest))
     return data[row["offset_bytes"] - len(prefix) : row["offset_bytes"]] == prefix

@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pixart_data.commits import make_dir, storage
+from pixart_data.commits import make_dir, storage, sync_dir
 from pixart_data.errors import ConfigError, DataError, JobError
 from pixart_model.config import Model
 from pixart_model.conversion import require_keys
@@ -113,7 +113,7 @@ def save(run_dir: Path, snapshot: Snapshot, keep_last: int) -> Path:
             with storage(final):
                 staged.chmod(0o755)
                 os.rename(staged, final)
-                _sync(run_dir)
+                sync_dir(run_dir)
         except BaseException:
             shutil.rmtree(staged, ignore_errors=True)
             raise
@@ -239,8 +239,8 @@ def _write(staged: Path, snapshot: Snapshot) -> None:
     with storage(staged):
         for path in staged.iterdir():
             path.chmod(0o644)
-            _sync(path)
-        _sync(staged)
+            sync_dir(path)
+        sync_dir(staged)
 
 
 @contextlib.contextmanager
@@ -269,11 +269,3 @@ def _reading(path: Path) -> Iterator[None]:
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, EOFError, *_DAMAGED) as error:
         what = str(error)[:200]
         raise DataError(f"{path}: damaged ({what}); delete the checkpoint's folder to use the one before") from error
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

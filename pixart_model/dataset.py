@@ -25,10 +25,13 @@ from torch import Tensor
 
 from pixart_data.buckets import Bucket
 from pixart_data.errors import ConfigError, DataError
-from pixart_data.shards import FeatureSet, tensor_shape
+from pixart_data.shards import FeatureSet, read_manifest, tensor_shape
 from pixart_model.config import Data, Model
 
 _ORDER_OF_ROWS, _ORDER_OF_BATCHES = 0, 1
+_PLACE_COLUMNS = ["key", "shard", "offset_bytes", "size_bytes", "crc32"]
+_IMAGE_COLUMNS = [*_PLACE_COLUMNS, "bucket", "height_px", "width_px", "original_height_px", "original_width_px"]
+_TEXT_COLUMNS = [*_PLACE_COLUMNS, "num_tokens"]
 _log = logging.getLogger(__name__)
 
 Rows = npt.NDArray[np.int64]
@@ -177,6 +180,12 @@ class Dataset:
                     f"model.{key}: expected {found}, the {fact} of {features.root}, got {value}; "
                     f"set model.{key} = {found} or choose other features"
                 )
+        cells = self.images.manifest.policy["resolution_px"] // self.images.manifest.model["downsampling"]
+        if model.base_size != cells:
+            raise ConfigError(
+                f"model.base_size: expected {cells} for the features in {self.images.root}, got {model.base_size}; "
+                f"set model.base_size = {cells}, and at 1024 px model.interpolation_scale = 2"
+            )
 
     def null_caption(self) -> Tensor:
         """Return the features of the empty caption, bf16 (n, D).
@@ -290,8 +299,8 @@ def open_dataset(data: Data) -> Dataset:
         DataError: If a set is missing or of the wrong kind, or the two have no sample in common.
     """
     root = Path(data.features)
-    images = _open(root / data.image_set, "image", "F16")
-    texts = _open(root / data.text_set, "text", "BF16")
+    images = _open(root / data.image_set, "image", "F16", _IMAGE_COLUMNS)
+    texts = _open(root / data.text_set, "text", "BF16", _TEXT_COLUMNS)
     dataset = Dataset(images, texts, data)
     counts = dataset.counts
     if not counts.matched:
@@ -314,14 +323,14 @@ def pad(captions: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return text, mask
 
 
-def _open(root: Path, kind: str, dtype: str) -> FeatureSet:
-    features = FeatureSet(root)
-    found = (features.manifest.kind, features.manifest.dtype)
+def _open(root: Path, kind: str, dtype: str, columns: list[str]) -> FeatureSet:
+    manifest = read_manifest(root)
+    found = (manifest.kind, manifest.dtype)
     if found != (kind, dtype):
         raise DataError(
             f"{root}: expected {kind} features in {dtype}, found {found[0]} in {found[1]}; name another set"
         )
-    return features
+    return FeatureSet(root, columns)
 
 
 def _columns(table: pa.Table, names: Sequence[str]) -> dict[str, Rows]:

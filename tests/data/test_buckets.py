@@ -22,7 +22,9 @@ def test_the_canvases_of_diffusers_are_all_here(resolution_px):
     from diffusers.pipelines.pixart_alpha import pipeline_pixart_sigma as sigma
 
     name = f"ASPECT_RATIO_{resolution_px}_BIN"
-    theirs = {(int(h), int(w)): float(ratio) for ratio, (h, w) in getattr(alpha, name, getattr(sigma, name, {})).items()}
+    theirs = {
+        (int(h), int(w)): float(ratio) for ratio, (h, w) in getattr(alpha, name, getattr(sigma, name, {})).items()
+    }
     ours = {(bucket.height_px, bucket.width_px): float(bucket.ratio) for bucket in bucket_table(resolution_px)}
     assert len(theirs) == 33
     assert {size: ours.get(size) for size in theirs} == theirs

@@ -4,7 +4,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pixart_data.captions import CaptionRow, caption_files, count_captions, read_captions
+from pixart_data import captions as module
+from pixart_data.captions import (
+    CaptionFile,
+    CaptionRow,
+    caption_files,
+    count_captions,
+    read_captions,
+    seal_captions,
+)
 from pixart_data.commits import Record, publish, staging_path, write_record
 from pixart_data.errors import ConfigError, DataError
 from pixart_data.records import Reason
@@ -23,16 +31,15 @@ def lines(path, *rows):
 
 
 def captions(path, column="caption", need_key=True):
-    return list(read_captions(path, column, need_key))
+    return list(read_captions(CaptionFile("unit", str(path), "fingerprint"), column, need_key))
 
 
 def files(path):
     return caption_files(path, "captions.path")
 
 
-@pytest.mark.parametrize("write", [lambda path, rows: table(path, rows), lambda path, rows: lines(path, *rows)])
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
-def test_rows_are_read_in_order(tmp_path, write, suffix):
+def test_rows_are_read_in_order(tmp_path, suffix):
     rows = [{"key": f"s/{i}", "caption": f"Ünïcode {i}", "other": i} for i in range(5)]
     path = tmp_path / f"t{suffix}"
     (table(path, rows) if suffix == ".parquet" else lines(path, *rows))
@@ -44,14 +51,14 @@ def test_rows_without_a_caption_say_why(tmp_path, suffix):
     rows = [
         {"key": "a", "caption": None, "error": "zero_bytes"},
         {"key": "b", "caption": None, "error": None},
-        {"key": "c", "caption": "", "error": None},
+        {"key": "c", "caption": " ", "error": None},
     ]
     path = tmp_path / f"t{suffix}"
     (table(path, rows) if suffix == ".parquet" else lines(path, *rows))
     assert captions(path) == [
         CaptionRow("a", None, Reason.NO_CAPTION, "zero_bytes"),
         CaptionRow("b", None, Reason.NO_CAPTION, "column caption is null"),
-        CaptionRow("c", ""),
+        CaptionRow("c", None, Reason.NO_CAPTION, "column caption is blank"),
     ]
 
 
@@ -125,11 +132,10 @@ def test_half_an_emoji_can_still_be_stored(tmp_path):
 def test_a_damaged_parquet_is_a_data_error(tmp_path):
     path = table(tmp_path / "t.parquet", [{"key": "a", "caption": "c"}])
     path.write_bytes(path.read_bytes()[:-10])
-    [file] = files(path)
-    with pytest.raises(DataError, match=r"t\.parquet: cannot be read as Parquet"):
-        captions(path)
-    with pytest.raises(DataError, match=r"t\.parquet: cannot be read as Parquet"):
-        count_captions(file)
+    file = CaptionFile("unit", str(path), "fingerprint")
+    for read in (lambda: files(path), lambda: captions(path), lambda: count_captions(file)):
+        with pytest.raises(DataError, match=r"t\.parquet: cannot be read as Parquet"):
+            read()
 
 
 def test_rows_are_counted_as_they_are_read(tmp_path):
@@ -140,9 +146,36 @@ def test_rows_are_counted_as_they_are_read(tmp_path):
 
 
 def test_a_folder_s_files_come_in_the_order_of_their_names(tmp_path):
-    for name in ("b.parquet", "a/z.jsonl", "a/.hidden.jsonl", "c.txt"):
-        (lines if name.endswith("l") else table)(tmp_path / name, *([{"caption": "c"}] if name.endswith("l") else [[{"caption": "c"}]])) if not name.endswith("txt") else (tmp_path / name).write_text("")
+    table(tmp_path / "b.parquet", [{"caption": "c"}])
+    for name in ("a/z.jsonl", "a/.hidden.jsonl", "c.txt"):
+        lines(tmp_path / name, {"caption": "c"})
     assert [file.path for file in files(tmp_path)] == [str(tmp_path / "a/z.jsonl"), str(tmp_path / "b.parquet")]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+def test_a_large_file_is_cut_and_every_row_is_in_one_piece(tmp_path, monkeypatch, suffix):
+    rows = [{"key": f"s/{i}", "caption": f"Ünïcode {i}" * (i % 4)} for i in range(20)]
+    path = tmp_path / f"t{suffix}"
+    if suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=3)
+    else:
+        lines(path, *rows)
+    [whole] = files(path)
+    for rows_per_unit in (1, 4, 7, 19, 20):
+        monkeypatch.setattr(module, "ROWS_PER_UNIT", rows_per_unit)
+        pieces = files(path)
+        assert len({piece.id for piece in pieces}) == len({p.fingerprint for p in pieces}) == -(-20 // rows_per_unit)
+        assert [row for piece in pieces for row in read_captions(piece, "caption", True)] == captions(path)
+        assert sum(count_captions(piece) for piece in pieces) == count_captions(whole) == 20
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+def test_a_key_that_comes_up_again_is_rejected_where_keys_are_needed(tmp_path, suffix):
+    rows = [{"key": key, "caption": "c"} for key in ("s/0", "s/1", "s/0")]
+    path = tmp_path / f"t{suffix}"
+    (table(path, rows) if suffix == ".parquet" else lines(path, *rows))
+    assert [row.error for row in captions(path)] == [None, None, Reason.DUPLICATE_KEY]
+    assert [row.error for row in captions(path, need_key=False)] == [None] * 3
 
 
 def test_no_two_files_share_a_unit(tmp_path):
@@ -155,17 +188,33 @@ def test_no_two_files_share_a_unit(tmp_path):
     assert all(set(i) <= set("abcdefghijklmnopqrstuvwxyzABCDEF0123456789_%-") for i in ids)
 
 
-def test_committed_files_are_the_ones_records_name(tmp_path):
-    for unit in ("b", "a"):
-        staged = staging_path(tmp_path, "x")
-        table(staged, [{"key": unit, "caption": "c"}])
-        file = publish(staged, tmp_path, tmp_path, unit, ".parquet")
-        write_record(tmp_path, Record(unit, "", {}, 1, 1, {}, [file]))
-    table(tmp_path / "orphan.parquet", [{"key": "x", "caption": "c"}])
+def write_unit(root, unit):
+    staged = staging_path(root, "x")
+    table(staged, [{"key": unit, "caption": "c"}])
+    record = Record(unit, "", {}, 1, 1, {}, [publish(staged, root, root / "parts", unit, ".parquet")])
+    write_record(root, record)
+    return record
+
+
+def test_the_parts_of_a_finished_table_are_those_its_manifest_names(tmp_path):
+    """Not those of records: a source that was cut otherwise leaves records of units that are no more."""
+    (tmp_path / "parts").mkdir()
+    records = [write_unit(tmp_path, unit) for unit in ("b", "a", "no-more")]
+    with pytest.raises(DataError, match="its captions are not finished; run `pixart caption`"):
+        files(tmp_path)
+    seal_captions(tmp_path, records[:2])
     found = files(tmp_path)
-    assert [file.id for file in found] == ["a", "b"]
-    assert [row.key for file in found for row in captions(tmp_path / file.path)] == ["a", "b"]
-    assert found[1].fingerprint == file.sha256 or found[0].fingerprint == file.sha256
+    assert [file.id for file in found] == ["b", "a"]
+    assert [row.key for file in found for row in read_captions(file, "caption", True)] == ["b", "a"]
+    assert [file.fingerprint for file in found] == [record.files[0].sha256 for record in records[:2]]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": "pixart-features", "version": 1}', "null"])
+def test_a_manifest_of_something_else_is_a_data_error(tmp_path, text):
+    (tmp_path / "commits").mkdir()
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(DataError, match=r"manifest\.json: "):
+        files(tmp_path)
 
 
 def test_a_fingerprint_follows_the_content(tmp_path):

@@ -178,17 +178,23 @@ def test_sweep_deletes_only_what_no_record_names(tmp_path):
     kept = publish(stage(tmp_path / "a", b"kept"), tmp_path, tmp_path / "a", "u", ".tar")
     write_record(tmp_path, record(files=[kept]))
     orphan = publish(stage(tmp_path / "a", b"orphan"), tmp_path, tmp_path / "a", "u", ".tar")
-    half = stage(tmp_path / "a", b"half")
-    bystanders = [tmp_path / "a/notes.txt", tmp_path / "job.toml", tmp_path / "b/x.tar", tmp_path / "a/sub.tar/x.tar"]
-    for path in bystanders:
-        path.parent.mkdir(exist_ok=True, parents=True)
-        path.write_text("mine")
-    assert sweep(tmp_path, [tmp_path / "a", tmp_path / "not-there"], (".tar",)) == 2
-    assert not (tmp_path / orphan.path).exists()
-    assert not half.exists()
+    halves = [stage(folder, b"half") for folder in (tmp_path / "a", tmp_path, tmp_path / "commits")]
+    bystanders = [
+        "a/notes.txt",
+        "a/mine.parquet",
+        "job.toml",
+        "b/u-01234567.tar",
+        "u-01234567.tar",
+        "a/s/u-01234567.tar",
+    ]
+    for name in bystanders:
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text("mine")
+    assert sweep(tmp_path, [tmp_path / "a", tmp_path / "not-there"]) == 4
+    assert not any(path.exists() for path in (tmp_path / orphan.path, *halves))
     assert (tmp_path / kept.path).read_bytes() == b"kept"
-    assert all(path.exists() for path in bystanders)
-    assert sweep(tmp_path, [tmp_path / "a"], (".tar",)) == 0
+    assert all((tmp_path / name).exists() for name in bystanders)
+    assert sweep(tmp_path, [tmp_path / "a"]) == 0
 
 
 def test_sweep_does_nothing_where_a_record_is_damaged(tmp_path):
@@ -196,7 +202,7 @@ def test_sweep_does_nothing_where_a_record_is_damaged(tmp_path):
     (tmp_path / "commits").mkdir()
     (tmp_path / "commits/u.json").write_text("{")
     with pytest.raises(DataError):
-        sweep(tmp_path, [tmp_path], (".tar",))
+        sweep(tmp_path, [tmp_path])
     assert (tmp_path / file.path).exists()
 
 
@@ -213,9 +219,7 @@ with output_lock(Path(sys.argv[1])):
 @pytest.fixture
 def holder(tmp_path):
     """Another process that holds the lock of `tmp_path / "out"`."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
     yield process
     process.kill()

@@ -143,7 +143,11 @@ def test_a_key_like_no_other_lists_the_known_ones():
 
 @pytest.mark.parametrize(
     ("content", "expected"),
-    [(b"output = ", "not valid TOML"), (b'output = "\xff"', "cannot be read as a job file"), (None, "no such job file")],
+    [
+        (b"output = ", "not valid TOML"),
+        (b'output = "\xff"', "cannot be read as a job file"),
+        (None, "no such job file"),
+    ],
 )
 def test_a_file_that_is_no_job_file_is_one_line(tmp_path, content, expected):
     path = tmp_path / "job.toml"

@@ -139,11 +139,9 @@ def test_a_damaged_model_is_one_line_that_names_the_setting(miniatures, tmp_path
             weights = load_file(path)
             weights.pop(max(name for name in weights if name.startswith("encoder.")))
             save_file(weights, path)
+    encoder, section = (ImageEncoder, ImageFeatures) if name == "vae" else (TextEncoder, TextFeatures)
     with pytest.raises(ConfigError) as caught:
-        if name == "vae":
-            ImageEncoder(ImageFeatures(model=str(folder)))
-        else:
-            TextEncoder(TextFeatures(model=str(folder)))
+        encoder(section(model=str(folder)))
     assert str(caught.value).startswith(f"{setting}: {folder} cannot be loaded: ")
     assert "\n" not in str(caught.value)
 

@@ -4,8 +4,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from pixart_data import models
 from pixart_data.errors import ConfigError, JobError
-from pixart_data.models import identity, loading, placement, provenance, versions
+from pixart_data.models import loading, placement, provenance, versions
+
+
+def identity(model, revision, subfolder):
+    return models.identity("image.model", model, revision, subfolder)
 
 
 @pytest.fixture
@@ -52,7 +57,9 @@ def test_auto_is_bf16_on_a_gpu(with_cuda):
     assert placement("cpu", "auto").dtype == torch.float32
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
 def test_a_named_dtype_is_taken(no_cuda, name, dtype):
     assert placement("cpu", name).dtype == dtype
 
@@ -81,15 +88,20 @@ def test_a_failure_to_load_is_one_line_that_names_the_setting(error):
 
 
 def test_a_missing_package_is_named():
-    with pytest.raises(ConfigError, match="text.model: loading owner/name needs a package: .*sentencepiece"):
-        with loading("text.model", "owner/name"):
-            raise ImportError("T5Tokenizer requires the sentencepiece library\nbut it was not found")
+    expected = pytest.raises(ConfigError, match="text.model: loading owner/name needs a package: .*sentencepiece")
+    with expected, loading("text.model", "owner/name"):
+        raise ImportError("T5Tokenizer requires the sentencepiece library\nbut it was not found")
 
 
 def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path):
-    with pytest.raises(ConfigError, match=f"image.model: no such folder: {tmp_path}/no; give a folder"):
-        with loading("image.model", f"{tmp_path}/no"):
-            pytest.fail("tried to load")
+    expected = pytest.raises(ConfigError, match=f"image.model: no such folder: {tmp_path}/no; give a folder")
+    with expected, loading("image.model", f"{tmp_path}/no"):
+        pytest.fail("tried to load")
+
+
+def test_a_folder_that_is_not_there_has_no_identity(tmp_path):
+    with pytest.raises(ConfigError, match=f"image.model: no such folder: {tmp_path}/no"):
+        identity(f"{tmp_path}/no", None, None)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), JobError("the disk is full")])

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pixart_data.errors import JobError
+from pixart_data.errors import DataError, JobError
 from pixart_data.records import Reason
 from pixart_data.sections import Source
 from pixart_data.sources import Sample, count_rows, find_units, read_samples
@@ -338,7 +338,7 @@ def test_a_tar_that_went_away_is_the_storages_fault(tmp_path):
     source = Source(paths=[str(write_tar(tmp_path / "x.tar", sa1b()))])
     (unit,) = find_units(source)
     (tmp_path / "x.tar").unlink()
-    with pytest.raises(JobError, match=r"x.tar: cannot be read: No such file"):
+    with pytest.raises(DataError, match=r"x.tar: cannot be read: No such file"):
         list(read_samples(unit, source))
 
 

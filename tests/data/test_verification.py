@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pixart_data.captions import seal_captions
 from pixart_data.commits import Record, publish, staging_path, write_record
 from pixart_data.errors import DataError
 from pixart_data.records import IMAGE_INDEX, TEXT_INDEX
@@ -49,7 +50,9 @@ def write_texts(root):
 def finish(root, rows, files, schema, manifest):
     part = staging_path(root / "index", "p")
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), part)
-    record = Record("unit", "", {}, len(rows), len(rows), {}, [*files, publish(part, root, root / "index", "u", ".parquet")])
+    record = Record(
+        "unit", "", {}, len(rows), len(rows), {}, [*files, publish(part, root, root / "index", "u", ".parquet")]
+    )
     write_record(root, record)
     shards = [asdict(file) for file in files]
     seal(root, [record], schema, Manifest(**{**asdict(manifest), "shards": shards}))
@@ -80,7 +83,7 @@ def flip(path, place):
 
 def test_a_whole_dataset_has_a_finding_for_every_file_and_no_problem(dataset):
     findings = list(verify(dataset))
-    expected = {*dataset.rglob("*.tar"), *dataset.glob("*/index.parquet")}
+    expected = {*dataset.rglob("*.tar"), *dataset.rglob("*.parquet")}
     assert {finding.path for finding in findings} == expected
     assert not problems(dataset)
     assert all(finding.size_bytes == finding.path.stat().st_size for finding in findings)
@@ -88,7 +91,8 @@ def test_a_whole_dataset_has_a_finding_for_every_file_and_no_problem(dataset):
 
 
 def test_a_single_set_can_be_verified(dataset):
-    assert len(list(verify(dataset / "text"))) == 3
+    expected = {*(dataset / "text").rglob("*.tar"), *(dataset / "text").rglob("*.parquet")}
+    assert {finding.path for finding in verify(dataset / "text")} == expected
 
 
 def test_a_flipped_bit_anywhere_in_a_shard_names_its_sample(dataset, images):
@@ -151,7 +155,15 @@ def test_a_damaged_index_is_found_and_the_other_set_is_still_read(dataset, damag
     [finding] = problems(dataset)
     assert finding.path == path
     assert "run `pixart extract` again" in finding.problem
-    assert sum(not finding.problem for finding in verify(dataset)) == 3
+    read = {finding.path for finding in verify(dataset) if not finding.problem}
+    assert {path for path in (dataset / "text").rglob("*.tar")} <= read
+
+
+@pytest.mark.parametrize("name", ["rejected.parquet", "index/u-*.parquet"])
+def test_a_damaged_table_beside_the_index_is_found(dataset, name):
+    [path] = (dataset / "text").glob(name)
+    flip(path, 30)
+    assert [finding.path for finding in problems(dataset)] == [path]
 
 
 def test_a_table_of_captions_is_verified_by_its_records(tmp_path):
@@ -168,6 +180,16 @@ def test_a_table_of_captions_is_verified_by_its_records(tmp_path):
     assert "commits/a.json" in first.problem
     assert not second.problem
     assert third.problem.startswith("missing; delete ")
+
+
+def test_a_finished_table_of_captions_is_no_feature_set(tmp_path):
+    staged = staging_path(tmp_path, "s")
+    pq.write_table(pa.table({"key": ["a"]}), staged)
+    record = Record("a", "", {}, 1, 1, {}, [publish(staged, tmp_path, tmp_path, "a", ".parquet")])
+    write_record(tmp_path, record)
+    seal_captions(tmp_path, [record])
+    [finding] = verify(tmp_path)
+    assert (finding.path.suffix, finding.problem) == (".parquet", "")
 
 
 def test_nothing_to_verify_is_a_data_error(tmp_path):

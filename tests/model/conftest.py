@@ -60,9 +60,7 @@ def write_images(root: Path, keys, rng):
     model = {"id": "tiny/vae", "revision": "abc", "scaling_factor": 0.18215, "channels": CHANNELS}
     model |= {"downsampling": 8, "shift_factor": 0.1}
     counts = {"rows_in": len(keys), "rows_out": len(keys), "rejected": {}}
-    write_set(
-        root, samples, IMAGE_INDEX, Manifest("image", "moments", "F16", model, {"resolution_px": 256}, counts, [])
-    )
+    write_set(root, samples, IMAGE_INDEX, Manifest("image", "moments", "F16", model, {"resolution_px": 64}, counts, []))
 
 
 def write_text_set(root: Path, keys, rng):

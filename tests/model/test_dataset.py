@@ -118,7 +118,7 @@ def test_a_missing_shard_is_named(copy):
     dataset = open_dataset(Data(features=str(copy), batch_size=4))
     shard = FeatureSet(copy / "text").index["shard"][0].as_py()
     (copy / "text" / shard).unlink()
-    with pytest.raises(DataError, match="cannot be opened"):
+    with pytest.raises(DataError, match="missing"):
         dataset.read([0])
     dataset.close()
 
@@ -149,8 +149,10 @@ def test_sets_that_are_absent_swapped_or_strangers_are_refused(features, copy, w
 
 
 def test_a_model_must_fit(dataset):
-    fitting = pixart_tiny().model_copy(update={"caption_width": 24})
+    fitting = pixart_tiny().model_copy(update={"caption_width": 24, "base_size": 8})
     dataset.require(fitting)
+    with pytest.raises(ConfigError, match="model.base_size: expected 8 for the features in .*, got 32"):
+        dataset.require(fitting.model_copy(update={"base_size": 32}))
     with pytest.raises(
         ConfigError, match="model.caption_width: expected 24, .* got 4096; set model.caption_width = 24"
     ):
@@ -161,7 +163,7 @@ def test_facts_say_where_the_features_come_from(dataset):
     facts = dataset.facts()
     assert facts["image"]["model"]["scaling_factor"] == 0.18215
     assert facts["text"]["model"]["revision"] == "def"
-    assert facts["resolution_px"] == 256
+    assert facts["resolution_px"] == 64
     assert json.loads(json.dumps(facts)) == facts
 
 

@@ -150,15 +150,19 @@ def test_a_wrong_setting_found_while_loading_ends_the_job_at_once(tmp_path, task
 
 
 def test_a_bug_while_loading_is_not_hidden(tasks):
-    from ray.exceptions import RayTaskError
-
-    with pytest.raises(RayTaskError, match="a bug"):
+    with pytest.raises(JobError, match="workers keep failing while they load the model .*a bug"):
         list(Pool(broken, ONE, 3).work(tasks(""), nothing))
 
 
 def test_workers_that_die_while_they_load_end_the_job(tasks):
-    with pytest.raises(JobError, match="workers die while they load the model .*cluster.num_workers a smaller number"):
+    with pytest.raises(JobError, match="workers keep failing while they load .*cluster.num_workers a smaller number"):
         list(Pool(no_memory, ONE, 3).work(tasks("", ""), nothing))
+
+
+def test_a_job_in_which_nothing_succeeds_is_not_tried_to_its_end(tmp_path, tasks):
+    with pytest.raises(JobError, match="the first 10 attempts all failed, .* is broken; mend the cause"):
+        list(Pool(FakeStage, ONE, 3).work(tasks(*["raise"] * 50), nothing))
+    assert sum(attempts(tmp_path, path.name) for path in tmp_path.iterdir()) == 10
 
 
 def test_sigterm_ends_the_job_and_its_handler_is_put_back(tmp_path, tasks):

@@ -57,6 +57,14 @@ def test_a_line_counts_what_is_committed_and_in_flight(clock, lines):
     assert shown.line() == "caption 5/10 shards | 1,500 rows | 150.0 rows/s | 37 rejected | eta 30 s"
 
 
+def test_workers_that_are_not_at_work_yet_are_counted(clock, lines):
+    shown = Progress("caption", 2, 0)
+    shown.live(0, 0, 3)
+    assert shown.line().endswith("| 3 worker(s) starting")
+    shown.live(0, 0, 0)
+    assert "starting" not in shown.line()
+
+
 def test_rows_in_flight_are_not_counted_twice_when_their_unit_is_done(clock, lines):
     shown = Progress("caption", 2, 0)
     clock.now_s += 1
