@@ -19,7 +19,7 @@ class Cluster(Section):
     gpus_per_worker: float | None = Field(default=None, ge=0)
     """Unset: 1 where the cluster has GPUs, else 0."""
     cpus_per_worker: float | None = Field(default=None, gt=0)
-    """Unset: 1 beside a GPU, else an equal share of the CPUs."""
+    """Unset: an equal share of a node's; that many threads decode images."""
     max_attempts: int = Field(default=3, ge=1)
     """A unit that fails this often is set aside; the job goes on, names it at the end and exits with 4."""
     max_rejected: float = Field(default=0.2, ge=0.0, le=1.0)

@@ -110,7 +110,7 @@ def read_stats(job: Stats) -> dict[str, NounStats]:
 
 
 def _units(caption_set: CaptionSet) -> Iterator[CountUnit]:
-    name = encode_name(caption_set.name)
+    name = encode_name(caption_set.name, max_length=60)
     for file in caption_files(Path(caption_set.path), f"sets.{caption_set.name}.path"):
         yield CountUnit(f"{name}--{file.id}", caption_set.name, file, caption_set.column)
 

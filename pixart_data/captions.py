@@ -111,13 +111,16 @@ def _sealed_parts(root: Path) -> list[dict[str, Any]]:
 
 
 def _slices(name: str, path: Path) -> list[CaptionFile]:
-    """Cut a large file, so that several workers share it and a kill does not lose it all."""
+    """Cut a large file, so that several workers share it and a kill does not lose it all.
+
+    `~` numbers the slices: no encoded file name holds one, so that slices and files cannot share a name.
+    """
     base = _fingerprint(path)
     cuts = _parquet_cuts(path) if path.suffix == ".parquet" else _jsonl_cuts(path)
     if len(cuts) <= 1:
         return [CaptionFile(name, str(path), base)]
     return [
-        CaptionFile(f"{name}-{i:05d}", str(path), f"{base}:{start}:{stop}", start, stop, first_byte)
+        CaptionFile(f"{name}~{i:05d}", str(path), f"{base}:{start}:{stop}", start, stop, first_byte)
         for i, (start, stop, first_byte) in enumerate(cuts)
     ]
 

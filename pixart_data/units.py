@@ -22,7 +22,6 @@ _MISSING = {
     for name in ("ENOENT", "ENOTDIR", "EISDIR", "ELOOP", "ENAMETOOLONG", "EINVAL", "EACCES", "EPERM")
 }
 _EDGE_BYTES = 1 << 16
-_MAX_NAME = 160
 
 
 @dataclass(frozen=True)
@@ -92,13 +91,13 @@ def caption_text(data: bytes) -> str:
     return data.decode("utf-8-sig", "replace").strip()
 
 
-def encode_name(text: str) -> str:
-    """Percent-encode all but `[A-Za-z0-9_-]`; what comes out very long is cut and ends in a digest."""
+def encode_name(text: str, max_length: int = 160) -> str:
+    """Percent-encode all but `[A-Za-z0-9_-]`; what comes out longer than `max_length` is cut and ends in a digest."""
     raw = text.encode("utf-8", "surrogatepass")
     encoded = re.sub(rb"[^A-Za-z0-9_-]", lambda match: b"%%%02X" % match[0][0], raw).decode()
-    if len(encoded) <= _MAX_NAME:
+    if len(encoded) <= max_length:
         return encoded
-    return f"{encoded[: _MAX_NAME - 17]}-{hashlib.sha256(raw).hexdigest()[:16]}"
+    return f"{encoded[: max_length - 17]}-{hashlib.sha256(raw).hexdigest()[:16]}"
 
 
 def encode_path(path: str) -> str:

@@ -74,7 +74,7 @@ def texts(world):
 
 
 def test_every_picture_is_captioned_and_encoded(world, pictures):
-    captions = pl.read_parquet(f"{world}/captions/*.parquet")
+    captions = pl.read_parquet(f"{world}/captions/parts/*.parquet")
     stems = {path.stem for path in pictures.iterdir() if path.suffix != ".txt"}
     keys = {f"pictures/{stem}" for stem in stems}
     assert set(captions["key"]) == keys
