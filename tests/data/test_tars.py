@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pixart_data.errors import DataError, JobError
+from pixart_data.errors import DataError
 from pixart_data.records import Reason
 from pixart_data.sections import Source
 from pixart_data.sources import Sample, count_rows, find_units, read_samples
