@@ -52,7 +52,7 @@ def find_units(source: Source) -> list[Unit]:
     names = {shard: _name(shard, source.root) for shard in shards}
     _check_distinct(((name, shard.path) for shard, name in names.items()), source.root)
     with ThreadPoolExecutor(_NUM_THREADS) as threads:  # a look at each of 40,000 tars on shared storage
-        parts = threads.map(lambda named: _units(*named, source), names.items())
+        parts = threads.map(lambda named: _units(named[0], named[1], source), names.items())
         units = [unit for part in parts for unit in part]
     _check_distinct(((unit.id, unit.path) for unit in units), source.root)
     return units
