@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _talk(args.verbose)
         job = read_job(args)
         if outer:
-            return int(resolve("jobs.submit:submit", "data")(args.command, job, outer))
+            return int(resolve("jobs.submit:submit", "data")(args.command, job, outer, args.verbose))
         resolve(COMMANDS[name].function, COMMANDS[name].extra)(job, dry_run=args.dry_run)
     except PixArtError as error:
         for line in str(error).splitlines():

@@ -25,7 +25,7 @@ _JOB_FILE = "job.toml"
 _IN_PROCESS = ("train", "sample")  # not by workers, which get GPUs of their own
 
 
-def submit(command: str, job: Section, options: argparse.Namespace) -> int:
+def submit(command: str, job: Section, options: argparse.Namespace, verbose: bool = False) -> int:
     """Submit a command, follow its log to the end, and return its exit code.
 
     Raises:
@@ -34,7 +34,7 @@ def submit(command: str, job: Section, options: argparse.Namespace) -> int:
     address = options.address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
     # The cluster's own `pixart`, or, where its dashboard was started without the environment's bin folder on the PATH,
     # the interpreter of this machine: the head of a cluster on a laptop.
-    words = f"{command} {_JOB_FILE}"
+    words = f"{command} {_JOB_FILE}" + (" -v" if verbose else "")
     here = f"exec {shlex.quote(sys.executable)} -m jobs.cli {words}"
     entrypoint = f"if command -v pixart >/dev/null; then exec pixart {words}; else {here}; fi"
     if options.dry_run:

@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import numpy as np
@@ -279,3 +280,24 @@ def test_fp16_keeps_in_fp32_what_t5_needs_there(miniatures):
     dtypes = {name.split(".")[-2]: parameter.dtype for name, parameter in encoder.model.named_parameters()}
     assert dtypes["wo"] == torch.float32
     assert dtypes["q"] == torch.float16
+
+
+def test_a_released_t5_whose_tokenizer_is_a_spiece_model_only(miniatures, tmp_path):
+    """DeepFloyd's and Google's checkpoints come without tokenizer.json; reading spiece.model needs sentencepiece."""
+    import sentencepiece
+
+    folder = tmp_path / "t5"
+    shutil.copytree(miniatures["t5"], folder)
+    (folder / "tokenizer.json").unlink()
+    lines = ["a red circle on a blue background", "the photograph is bright, with soft light"] * 20
+    with (folder / "spiece.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_writer=file, vocab_size=60, hard_vocab_limit=False,
+            pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
+        )  # fmt: skip
+    config = {"tokenizer_class": "T5Tokenizer", "eos_token": "</s>", "pad_token": "<pad>", "extra_ids": 0}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    encoder = TextEncoder(TextFeatures(model=str(folder)))
+    [short, long] = encoder.encode(["a red circle", "a red circle on a blue background"])
+    assert len(short) < len(long)
+    assert encoder.tokenizer("a red circle")["input_ids"][-1] == 1
