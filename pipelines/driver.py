@@ -134,8 +134,6 @@ def execute(run: Run, job: Section, finish: Callable[[list[Record]], None] | Non
         plan = make_plan(run)
         log.info("%s", plan.line(run))
         write_atomic(run.root / "job.toml", resolved_toml(job).encode())
-        if plan.redo:  # what it describes is about to go
-            (run.root / MANIFEST).unlink(missing_ok=True)
         sweep(run.root, run.swept)
         failed = _work(run, plan) if plan.todo else {}
         records = [plan.done[unit.id] for unit in run.units if unit.id in plan.done]
@@ -167,6 +165,8 @@ def _work(run: Run, plan: Plan) -> dict[str, str]:
         for result in pool.work([unit for unit, _ in plan.todo], live):
             decided = settings[result.unit]
             record = replace(result, settings=decided, digest=digest(decided))
+            if plan.redo:  # a manifest of what was there describes it no more
+                (run.root / MANIFEST).unlink(missing_ok=True)
             write_record(run.root, record)
             plan.done[record.unit] = record
             progress.unit_done(record.rows_in, sum(record.rejected.values()))

@@ -277,3 +277,20 @@ def test_another_tokenizer_redoes_the_texts(pictures, miniatures, tmp_path):
     tokenizer = tmp_path / "t5/tokenizer/tokenizer.json"
     tokenizer.write_text(tokenizer.read_text() + " ")
     assert settings() != before
+
+
+@pytest.mark.usefixtures("ray_here")
+def test_a_redo_that_stops_half_way_leaves_no_manifest_to_trust(root):
+    def seal(records):
+        (root / "manifest.json").write_text(str(len(records)))
+
+    execute_job(make_run(root, tasks("a", "b")), seal)
+    assert (root / "manifest.json").read_text() == "2"
+    (root.parent / "broken").write_text("b")
+    changed = make_run(root, tasks("a", "b"), {"schema": 2})
+    with pytest.raises(JobError, match="b is broken"):
+        execute_job(changed, seal)
+    assert not (root / "manifest.json").exists()
+    (root.parent / "broken").unlink()
+    execute_job(changed, seal)
+    assert (root / "manifest.json").read_text() == "2"
