@@ -8,9 +8,11 @@ import argparse
 import importlib
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +34,28 @@ class Command:
     config: str
     function: str
     extra: str = "data"
+    example: str = "cluster.num_workers=2"
 
 
 COMMANDS = {
     "caption": Command("describe images with an image-text model", "pipelines.config:Caption", "jobs.stages:caption"),
     "stats": Command("measure the noun density of captions", "pipelines.config:Stats", "jobs.stages:stats"),
     "extract": Command("turn images and captions into features", "pipelines.config:Extract", "jobs.stages:extract"),
-    "train": Command("train the transformer on features", "pixart_model.config:Train", "jobs.train:train", "train"),
-    "sample": Command("draw prompts with a checkpoint", "pixart_model.config:Sample", "jobs.sample:sample", "sample"),
-    "inspect": Command("show what a dataset, table or checkpoint holds", "jobs.config:Inspect", "jobs.inspect:inspect"),
-    "verify": Command("re-read every byte and name what is damaged", "jobs.config:Verify", "jobs.verify:verify"),
+    "train": Command(
+        "train the transformer on features", "pixart_model.config:Train", "jobs.train:train", "train", "optim.lr=1e-4"
+    ),
+    "sample": Command(
+        "draw prompts with a checkpoint", "pixart_model.config:Sample", "jobs.sample:sample", "sample", "guidance=3.0"
+    ),
+    "inspect": Command(
+        "show what a dataset, table or checkpoint holds",
+        "jobs.config:Inspect",
+        "jobs.inspect:inspect",
+        example="num_samples=10",
+    ),
+    "verify": Command(
+        "re-read every byte and name what is damaged", "jobs.config:Verify", "jobs.verify:verify", example="path=DIR"
+    ),
 }
 
 
@@ -52,7 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[:1] == ["submit"] and words[1:2] not in ([], ["-h"], ["--help"]):
         # `submit` takes its own options from anywhere on the line; what is left is the command to submit.
         outer, words = submit_parser().parse_known_args(words[1:])
-    args = parser().parse_args(words)
+    args, unknown = parser().parse_known_args(words)
+    if unknown:
+        args.usage.error(f"unrecognized: {' '.join(unknown)}; keys of the job file are set with --set KEY=VALUE")
     name = "submit" if outer else args.command
     try:
         if args.command == "submit":
@@ -70,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
+        _let_go_of_ray()
         print(f"pixart {name}: stopped; run the same command again to go on where it was", file=sys.stderr)
         return 130
     return 0
@@ -82,13 +99,15 @@ def parser() -> argparse.ArgumentParser:
         description="From piles of images to a trained PixArt text-to-image transformer.",
         epilog=f"Job files to start from: {JOB_FILES}",
     )
+    top.add_argument("--version", action="version", version=f"pixart {version('pixart-toolkit')}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         sub = commands.add_parser(name, help=command.help, description=command.help, allow_abbrev=False)
         _ARGUMENTS.get(name, _job_arguments)(sub)
-        sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. cluster.num_workers=2")
+        sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=f"e.g. {command.example}")
         sub.add_argument("--dry-run", action="store_true", help="validate, count the work, print the plan, and stop")
         sub.add_argument("-v", "--verbose", action="store_true", help="say more")
+        sub.set_defaults(usage=sub)
     commands.add_parser("submit", parents=[submit_parser()], help="run any of these on a Ray cluster", add_help=False)
     return top
 
@@ -98,7 +117,10 @@ def submit_parser() -> argparse.ArgumentParser:
     sub = argparse.ArgumentParser(
         prog="pixart submit",
         usage="pixart submit COMMAND [job.toml ...] [--address URL] [--gpus N] [--dry-run]",
-        description="Run the same command line on a Ray cluster, follow its log, and exit as it does.",
+        description=(
+            "Run a command line on a Ray cluster, follow its log, and exit as it does. COMMAND and what follows it are "
+            "typed as without submit: pixart submit caption job.toml --address http://HEAD:8265"
+        ),
         allow_abbrev=False,
     )
     sub.add_argument("--address", help="the cluster's dashboard; default: RAY_API_SERVER_ADDRESS or 127.0.0.1:8265")
@@ -195,5 +217,19 @@ def _talk(verbose: bool) -> None:
         logging.getLogger(package).setLevel(logging.DEBUG if verbose else logging.INFO)
 
 
+def _let_go_of_ray() -> None:
+    """Leave Ray in order, and out of reach of a second Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()
+
+
+def entry() -> None:
+    """Run the command and exit as it says; what Ray does at exit is not to be interrupted."""
+    code = main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

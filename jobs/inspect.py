@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from jobs.config import Inspect
 from pixart_data.captions import caption_files
 from pixart_data.commits import COMMITS, MANIFEST, read_records
-from pixart_data.errors import DataError
+from pixart_data.errors import ConfigError, DataError
 from pixart_data.shards import INDEX, REJECTED_FILE, Manifest, feature_sets, read_manifest, tensor_shape
 
 _META = "meta.json"
@@ -39,17 +39,18 @@ def inspect(job: Inspect, dry_run: bool) -> None:
 def _look(path: Path, num_samples: int) -> tuple[str, Iterator[str]]:
     """Return the kind of thing at a path and, lazily, its description."""
     if not path.exists():
-        raise DataError(f"{path}: no such file or folder; check the path")
+        raise ConfigError(f"{path}: no such file or folder; check the path")
     if path.is_file():
         return _look_at_file(path, num_samples)
     sets = feature_sets(path)
     if sets:
-        return f"{len(sets)} feature set(s)", _datasets(sets, num_samples)
+        unfinished = [p.parent for p in sorted(path.glob(f"*/{COMMITS}")) if p.parent not in sets.values()]
+        return f"{len(sets)} feature set(s)", _datasets(sets, unfinished, num_samples)
     if (path / _META).is_file() or any(path.glob(f"step_*/{_META}")):
         return "checkpoint", _checkpoint(path)
     if (path / "stats.json").is_file():
         return "noun statistics", _statistics(path / "stats.json")
-    if (path / COMMITS).is_dir():
+    if (path / COMMITS).is_dir() or (path / "job.toml").is_file():
         return _look_at_commits(path, num_samples)
     raise DataError(f"{path}: nothing here that pixart wrote; expected a dataset, captions, a report or a run")
 
@@ -71,7 +72,9 @@ def _look_at_file(path: Path, num_samples: int) -> tuple[str, Iterator[str]]:
     raise DataError(f"{path}: expected a folder, a .parquet, a .tar or a stats.json; nothing else can be inspected")
 
 
-def _datasets(sets: dict[str, Path], num_samples: int) -> Iterator[str]:
+def _datasets(sets: dict[str, Path], unfinished: list[Path], num_samples: int) -> Iterator[str]:
+    for root in unfinished:
+        yield f"\n{root.name}: not finished, {len(read_records(root))} shards are done; run `pixart extract` to its end"
     for name, root in sets.items():
         manifest = read_manifest(root)
         counts = manifest.counts

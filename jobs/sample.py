@@ -1,6 +1,7 @@
 """`pixart sample`: prompts to pictures. The one place where text encoder, transformer and VAE meet."""
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from pixart_data.commits import make_dir, storage
+from pixart_data.commits import make_dir, storage, write_atomic
+from pixart_data.config import resolved_toml
 from pixart_data.encoders import ImageEncoder, TextEncoder
 from pixart_data.errors import ConfigError
 from pixart_data.models import placement
@@ -21,6 +23,7 @@ from pixart_model.sampling import canvas, sample_latents
 log = logging.getLogger(__name__)
 
 GRID = "grid.png"
+PROMPTS = "prompts.txt"
 
 
 def sample(job: Sample, dry_run: bool) -> None:
@@ -101,6 +104,8 @@ def _decode(job: Sample, facts: dict[str, Any], latents: list[torch.Tensor]) -> 
 
 def _write(job: Sample, path: Path, prompts: list[str], pictures: list[Image.Image]) -> None:
     output = make_dir(Path(job.output))
+    _make_room(output)
+    write_atomic(output / "job.toml", resolved_toml(job).encode())
     for i, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):
         info = PngInfo()
         settings = {"seed": job.seed + i, "guidance": job.guidance, "num_steps": job.num_steps, "checkpoint": path}
@@ -110,8 +115,20 @@ def _write(job: Sample, path: Path, prompts: list[str], pictures: list[Image.Ima
             picture.save(output / f"{i:04d}.png", pnginfo=info)
     with storage(output):
         contact_sheet(pictures).save(output / GRID)
-        (output / "prompts.txt").write_text("".join(f"{i:04d}.png {p}\n" for i, p in enumerate(prompts)))
+        lines = [f"{i:04d}.png {' '.join(prompt.split())}\n" for i, prompt in enumerate(prompts)]
+        (output / PROMPTS).write_text("".join(lines), encoding="utf-8")
     print(f"sample: {len(pictures)} images -> {output}, all on one sheet in {output / GRID}")
+
+
+def _make_room(output: Path) -> None:
+    """Delete the pictures of an earlier run into the same folder: those that its list names, and nothing else."""
+    listed = output / PROMPTS
+    lines = listed.read_text(encoding="utf-8").splitlines() if listed.is_file() else []
+    for name in (line.split(" ", 1)[0] for line in lines):
+        if re.fullmatch(r"\d{4,}\.png", name):
+            (output / name).unlink(missing_ok=True)
+    if lines:
+        log.info("sample: %s held %d pictures of an earlier run; they are replaced", output, len(lines))
 
 
 def _be_quiet() -> None:

@@ -1,5 +1,6 @@
 """The commands that run on Ray: `caption`, `stats` and `extract`."""
 
+from pathlib import Path
 from types import ModuleType
 
 from pipelines import caption as caption_pipeline
@@ -26,6 +27,9 @@ def stats(job: Stats, dry_run: bool) -> None:
 def extract(job: Extract, dry_run: bool) -> None:
     """Make the feature sets of a job, or print what that would do."""
     _run(extract_pipeline, job, dry_run)
+    if job.image is not None and job.text is not None and not dry_run:
+        line = extract_pipeline.match_line(Path(job.output), job.image.set_name, job.text.set)
+        print(f"extract: {line} -> {job.output}")
 
 
 def _run(pipeline: ModuleType, job: Section, dry_run: bool) -> None:

@@ -29,7 +29,8 @@ def verify(job: Verify, dry_run: bool) -> None:
             num_files, num_bytes = num_files + 1, num_bytes + finding.size_bytes
     if damaged:
         first = damaged[0]
-        raise DataError(f"{first.path}: {_sample(first)}{len(damaged)} problem(s) found, {num_files} files are whole")
+        others = f"; and {len(damaged) - 1} more problem(s)" if len(damaged) > 1 else ""
+        raise DataError(f"{first.path}: {_sample(first)}{first.problem}{others}; {num_files} files are whole")
     print(f"verify: {num_files} files, {num_bytes:,} bytes, all whole")
 
 

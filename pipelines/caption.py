@@ -15,12 +15,13 @@ from pipelines.pictures import Picture, read_pictures
 from pipelines.pool import Report
 from pixart_data.captions import seal_captions
 from pixart_data.commits import Record, publish_table
-from pixart_data.models import identity
+from pixart_data.models import identity, require_kind
 from pixart_data.records import CAPTIONS, SCHEMA_VERSION, Reason
 from pixart_data.sources import Unit, count_rows, find_units
 
 STAGE = "caption"
 PARTS = "parts"
+_ANY_MODEL = "."
 
 
 class CaptionStage:
@@ -103,6 +104,7 @@ def prepare(job: Caption) -> Run:
     """Find the units of a job and what decides their results."""
     captioner = job.captioner.model_dump(exclude={"model", "revision", "batch_size", "device"})
     source = job.source.model_dump(include={"layout", "path_column", "caption_column", "max_image_pixels"})
+    require_kind("captioner.model", job.captioner.model, None, _ANY_MODEL)
     model = identity("captioner.model", job.captioner.model, job.captioner.revision, None)
     decided = {"schema": SCHEMA_VERSION, "captioner": {**captioner, "model": model}, "source": source}
     root = Path(job.output)

@@ -52,11 +52,12 @@ class Run:
 
 @dataclass
 class Plan:
-    """Which units are done and which are left, and why done ones are to be redone."""
+    """Which units are done and which are left, why done ones are redone, and how many records are of other units."""
 
     done: dict[str, Record] = field(default_factory=dict)
     todo: list[tuple[Work, dict[str, Any]]] = field(default_factory=list)
     redo: Counter[str] = field(default_factory=Counter)
+    others: int = 0
 
     def line(self, run: Run) -> str:
         """Say how many shards are done and left, and why done ones are redone."""
@@ -105,7 +106,7 @@ class Account:
 def make_plan(run: Run) -> Plan:
     """Compare the units with the records under the run's root."""
     records = read_records(run.root)
-    plan = Plan()
+    plan = Plan(others=len(records.keys() - {unit.id for unit in run.units}))
     for unit in run.units:
         settings = run.settings(unit)
         record = records.get(unit.id)
@@ -133,6 +134,8 @@ def execute(run: Run, job: Section, finish: Callable[[list[Record]], None] | Non
     with output_lock(run.root):
         plan = make_plan(run)
         log.info("%s", plan.line(run))
+        if plan.others:
+            log.info("%s: %d shards of other sources stay there, and out of this job", run.stage, plan.others)
         write_atomic(run.root / "job.toml", resolved_toml(job).encode())
         sweep(run.root, run.swept)
         failed = _work(run, plan) if plan.todo else {}
@@ -181,7 +184,8 @@ def _judge(run: Run, account: Account) -> None:
     if account.rows_in >= _JUDGED_FROM_ROWS and share_rejected > run.cluster.max_rejected:
         raise DataError(
             f"{run.stage}: {account.line()}: {share_rejected:.0%} rejected, limit {run.cluster.max_rejected:.0%} "
-            f"(cluster.max_rejected); everything is committed in {run.root}, its column 'error' says why"
+            f"(cluster.max_rejected); everything is committed in {run.root}: see what `pixart inspect` says of the "
+            "rejected rows, and raise the limit if that is as it should be"
         )
 
 

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines.config import Extract
@@ -18,13 +19,13 @@ from pipelines.driver import Account, Plan, Run, execute, make_plan
 from pipelines.features import TEXT_SHARDS, ImageStage, NullCaption, TextStage
 from pipelines.pool import Work
 from pixart_data.buckets import RESIZE_FILTER, bucket_table
-from pixart_data.captions import CaptionFile, caption_files, count_captions
+from pixart_data.captions import CaptionFile, caption_files, count_captions, require_columns
 from pixart_data.commits import Record
 from pixart_data.errors import ConfigError
-from pixart_data.models import identity, versions
+from pixart_data.models import identity, require_kind, versions
 from pixart_data.records import IMAGE_INDEX, SCHEMA_VERSION, TEXT_INDEX
 from pixart_data.sections import ImageFeatures, Source, TextFeatures
-from pixart_data.shards import INDEX_PARTS, Manifest, seal
+from pixart_data.shards import INDEX, INDEX_PARTS, Manifest, seal
 from pixart_data.sources import Unit, count_rows, find_units
 
 log = logging.getLogger(__name__)
@@ -37,12 +38,21 @@ Finish = Callable[[list[Record]], None]
 
 def plan(job: Extract) -> list[tuple[Run, Plan]]:
     """Return what the job would do, a run for each set."""
-    return [(run, make_plan(run)) for run, _ in _runs(job)]
+    return [(run, make_plan(run)) for run, _ in list(_runs(job))]
 
 
 def run(job: Extract) -> list[tuple[Run, Account]]:
     """Do the job, images first."""
-    return [(run, execute(run, job, finish)) for run, finish in _runs(job)]
+    runs = list(_runs(job))  # all of them: a mistake in [text] is not to be found after days of [image]
+    return [(run, execute(run, job, finish)) for run, finish in runs]
+
+
+def match_line(root: Path, image_set: str, text_set: str) -> str:
+    """Say how many samples of two finished sets training will find in both."""
+    images, texts = (pq.read_table(root / name / INDEX, columns=["key"])["key"] for name in (image_set, text_set))
+    both = pc.sum(pc.is_in(images, value_set=texts)).as_py() or 0
+    alone = f"{len(images) - both:,} images have no text, {len(texts) - both:,} texts no image"
+    return f"{both:,} samples to train on: {alone}"
 
 
 def _runs(job: Extract) -> Iterator[tuple[Run, Finish]]:
@@ -55,6 +65,7 @@ def _runs(job: Extract) -> Iterator[tuple[Run, Finish]]:
 def _image_run(job: Extract, source: Source, config: ImageFeatures) -> tuple[Run, Finish]:
     root = Path(job.output) / config.set_name
     buckets = bucket_table(config.resolution_px)
+    require_kind("image.model", config.model, config.subfolder, "Autoencoder")
     decided = {
         "schema": SCHEMA_VERSION,
         "image": {
@@ -79,6 +90,7 @@ def _image_run(job: Extract, source: Source, config: ImageFeatures) -> tuple[Run
 
 def _text_run(job: Extract, config: TextFeatures) -> tuple[Run, Finish]:
     root = Path(job.output) / config.set
+    require_kind("text.model", config.model, config.subfolder, "t5")
     decided: dict[str, Any] = {
         "schema": SCHEMA_VERSION,
         "text": {
@@ -91,7 +103,9 @@ def _text_run(job: Extract, config: TextFeatures) -> tuple[Run, Finish]:
     }
     units: list[Work] = [NullCaption()]
     if job.captions is not None:
-        units += caption_files(Path(job.captions.path), "captions.path")
+        files = caption_files(Path(job.captions.path), "captions.path")
+        require_columns(files, "captions.column", job.captions.column, need_key=True)
+        units += files
         decided["captions"] = {"column": job.captions.column}
     elif job.source is not None:
         units += find_units(job.source)

@@ -13,15 +13,16 @@ import pyarrow.parquet as pq
 from pipelines.config import CaptionSet, Stats
 from pipelines.driver import Account, Plan, Run, execute, make_plan
 from pipelines.pool import Report
-from pixart_data.captions import CaptionFile, caption_files, count_captions, read_captions
+from pixart_data.captions import CaptionFile, caption_files, count_captions, read_captions, require_columns
 from pixart_data.commits import Record, publish_table, write_atomic
 from pixart_data.nouns import NounCounts, NounStats, build_tagger, count_nouns, find_tagger, summarise
 from pixart_data.records import SCHEMA_VERSION
 from pixart_data.reports import from_json, html_page, to_json
 from pixart_data.units import encode_name
+from pixart_data.verification import REPORT
 
 STAGE = "stats"
-JSON_FILE = "stats.json"
+JSON_FILE = REPORT
 HTML_FILE = "report.html"
 _COUNTS = "counts"
 
@@ -69,9 +70,9 @@ class StatsStage:
 
 def prepare(job: Stats, download: bool) -> Run:
     """Find the files of every set; the tagger is decided here, once for all workers."""
-    tagger = find_tagger(download=download, approximate=job.approximate)
     root = Path(job.output)
     units = [unit for caption_set in job.sets for unit in _units(caption_set)]
+    tagger = find_tagger(download=download, approximate=job.approximate)
     return Run(
         stage=STAGE,
         root=root,
@@ -111,7 +112,9 @@ def read_stats(job: Stats) -> dict[str, NounStats]:
 
 def _units(caption_set: CaptionSet) -> Iterator[CountUnit]:
     name = encode_name(caption_set.name, max_length=60)
-    for file in caption_files(Path(caption_set.path), f"sets.{caption_set.name}.path"):
+    files = caption_files(Path(caption_set.path), f"sets.{caption_set.name}.path")
+    require_columns(files, f"sets.{caption_set.name}.column", caption_set.column, need_key=False)
+    for file in files:
         yield CountUnit(f"{name}--{file.id}", caption_set.name, file, caption_set.column)
 
 

@@ -155,7 +155,7 @@ def read_captions(file: CaptionFile, column: str, need_key: bool) -> Iterator[Ca
         DataError: If the file cannot be read.
     """
     path = Path(file.path)
-    rows = _parquet_rows(file, column, need_key) if path.suffix == ".parquet" else _jsonl_rows(file, column, need_key)
+    rows = _parquet_rows(file, column) if path.suffix == ".parquet" else _jsonl_rows(file)
     seen: set[str] = set()
     for place, row in rows:
         if not isinstance(row, dict):
@@ -204,11 +204,10 @@ def _parquet(path: Path) -> Iterator[pq.ParquetFile]:
         raise DataError(f"{path}: cannot be read as Parquet: {error}") from error
 
 
-def _parquet_rows(part: CaptionFile, column: str, need_key: bool) -> Iterator[tuple[str, dict[str, Any] | str]]:
+def _parquet_rows(part: CaptionFile, column: str) -> Iterator[tuple[str, dict[str, Any] | str]]:
     path = Path(part.path)
     with _parquet(path) as file:
         names = file.schema_arrow.names
-        _require(path, column, need_key, names)
         stop = part.stop if part.stop >= 0 else file.metadata.num_rows
         groups, first = _row_groups(file.metadata, part.start, stop)
         wanted = [name for name in ("key", column, "error") if name in names]
@@ -226,10 +225,9 @@ def _row_groups(metadata: pq.FileMetaData, start: int, stop: int) -> tuple[list[
     return groups, begins[groups[0]] if groups else start
 
 
-def _jsonl_rows(part: CaptionFile, column: str, need_key: bool) -> Iterator[tuple[str, dict[str, Any] | str]]:
+def _jsonl_rows(part: CaptionFile) -> Iterator[tuple[str, dict[str, Any] | str]]:
     """Yield each line with its place: the row, or what is wrong with it."""
     path = Path(part.path)
-    checked = False
     with path.open("rb") as file:
         file.seek(part.first_byte)
         lines = file if part.stop < 0 else itertools.islice(file, part.stop - part.start)
@@ -237,9 +235,6 @@ def _jsonl_rows(part: CaptionFile, column: str, need_key: bool) -> Iterator[tupl
             row = _parse(line)
             if row is None:
                 continue
-            if isinstance(row, dict) and not checked:
-                _require(path, column, need_key, list(row))
-                checked = True
             yield f"line-{number:06d}", row
 
 
@@ -255,10 +250,29 @@ def _parse(line: bytes) -> dict[str, Any] | str | None:
     return row if isinstance(row, dict) else "not a JSON object"
 
 
-def _require(path: Path, column: str, need_key: bool, names: list[str]) -> None:
-    for name in (column, "key") if need_key else (column,):
-        if name not in names:
-            raise ConfigError(f"{path}: no column '{name}', found {', '.join(names)}; name another column")
+def require_columns(files: Sequence[CaptionFile], setting: str, column: str, need_key: bool) -> None:
+    """Check the columns of files by their first row, before any work is planned on them.
+
+    Raises:
+        ConfigError: If one is missing, naming the file and what it holds.
+        DataError: If a file cannot be read.
+    """
+    for path in dict.fromkeys(Path(file.path) for file in files):
+        names = _first_names(path)
+        for name in (column, "key") if need_key else (column,):
+            if names is not None and name not in names:
+                remedy = f"set {setting}" if name == column else "add one with the keys of the images"
+                raise ConfigError(f"{path}: expected a column '{name}', found {', '.join(names)}; {remedy}")
+
+
+def _first_names(path: Path) -> list[str] | None:
+    if path.suffix == ".parquet":
+        with _parquet(path) as table:
+            return list(table.schema_arrow.names)
+    with path.open("rb") as lines:
+        rows = (_parse(line) for line in lines)
+        first = next((row for row in rows if isinstance(row, dict)), None)
+    return None if first is None else list(first)
 
 
 def _fingerprint(path: Path) -> str:

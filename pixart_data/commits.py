@@ -82,6 +82,7 @@ def storage(path: Path | str) -> Iterator[None]:
             errno.EACCES: "permission denied; choose an output you may write to",
             errno.EPERM: "permission denied; choose an output you may write to",
             errno.EROFS: "the file system is read-only; choose another output",
+            errno.EEXIST: "it is a file; choose another output",
             errno.ENOTDIR: "a part of the path is a file; choose another output",
         }
         what = reasons.get(error.errno or 0, f"{error.strerror or error}; check the storage, then run again")

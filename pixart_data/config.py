@@ -127,12 +127,23 @@ def _complaints(cls: type[Section], error: ValidationError) -> Iterator[str]:
             )
         elif problem["type"] == "missing":
             if place not in {(*typed[:-1], name) for typed, name in meant.items()}:  # a typo is complained of once
-                yield f"{dotted}: required, and missing; add it to the job file or pass --set {dotted}=..."
+                yield f"{dotted}: required, and missing; {_remedy(cls, place)}"
         elif problem["type"] == "value_error":
             yield f"{dotted}: {problem['ctx']['error']}" if dotted else str(problem["ctx"]["error"])
+        elif problem["type"] == "too_short":
+            yield f"{dotted}: expected at least one, found none"
+        elif problem["type"] == "list_type":
+            yield f"{dotted}: expected a list, got {repr(problem['input'])[:80]}; write [{repr(problem['input'])[:80]}]"
         else:
             expected = problem["msg"].removeprefix("Input should be ").removeprefix("a valid ")
             yield f"{dotted}: expected {expected}, got {repr(problem.get('input'))[:80]}"
+
+
+def _remedy(cls: type[Section], place: tuple[int | str, ...]) -> str:
+    keys = _known_keys(cls, place)
+    if keys:
+        return f"add a section [{place[-1]}] to the job file, with {', '.join(keys[:3])} ..."
+    return f"add it to the job file or pass --set {'.'.join(map(str, place))}=..."
 
 
 def _suggestion(cls: type[Section], place: tuple[int | str, ...]) -> str | None:

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,27 @@ def placement(device: str, dtype: str) -> Placement:
     by_name = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     default = torch.bfloat16 if kind == "cuda" else torch.float32
     return Placement(torch.device(kind), by_name.get(dtype, default))
+
+
+def require_kind(setting: str, model: str, subfolder: str | None, kinds: str) -> None:
+    """Check a local folder before any work is planned on it; of a hub id nothing is known yet.
+
+    Args:
+        kinds: A regular expression that must match the class or type that its `config.json` names.
+
+    Raises:
+        ConfigError: If the folder is missing, has no readable `config.json`, or holds another kind of model.
+    """
+    if not model.startswith("/"):
+        return
+    folder = _require_folder(setting, model, subfolder)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        kind = str(config.get("_class_name") or config.get("model_type"))
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{setting}: {folder} holds no model: its config.json cannot be read: {error}") from error
+    if not re.search(kinds, kind):
+        raise ConfigError(f"{setting}: expected a model of kind {kinds}, found {kind} in {folder}; check the path")
 
 
 @contextlib.contextmanager

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from pixart_data.commits import COMMITS, file_sha256, read_records
-from pixart_data.errors import DataError
+from pixart_data.commits import COMMITS, MANIFEST, file_sha256, read_records
+from pixart_data.errors import ConfigError, DataError
 from pixart_data.shards import INDEX, REJECTED_FILE, Manifest, feature_sets, member_prefix, read_manifest, tensor_shape
 
+REPORT = "stats.json"  # what finishes the output of `stats`, as a manifest does that of the other stages
 _ADDRESS = ("key", "shard", "offset_bytes", "size_bytes", "crc32")
 
 
@@ -33,9 +34,14 @@ class Finding:
 def verify(root: Path) -> Iterator[Finding]:
     """Yield a finding for each file of a dataset, a feature set, or any output directory with commit records.
 
+    An output that was never finished is a finding of its own, besides those of its files.
+
     Raises:
+        ConfigError: If the path does not exist.
         DataError: If there is nothing here that can be verified.
     """
+    if not root.is_dir():
+        raise ConfigError(f"{root}: no such folder; check the path")
     sets = feature_sets(root)
     if not sets and not (root / COMMITS).is_dir():
         raise DataError(f"{root}: expected a dataset, a feature set or a table of captions, found none of them")
@@ -44,6 +50,8 @@ def verify(root: Path) -> Iterator[Finding]:
     for path in sorted(path.parent for path in (root / COMMITS, *root.glob(f"*/{COMMITS}")) if path.is_dir()):
         in_manifest = {".tar"} if path in sets.values() else set()  # of captions and unfinished sets, all files
         yield from _verify_records(path, in_manifest)
+        if not (path / MANIFEST).is_file() and not (path / REPORT).is_file():
+            yield Finding(path, problem="not finished: run the command that writes it again, to its end")
 
 
 def _verify_records(root: Path, skipped: set[str]) -> Iterator[Finding]:

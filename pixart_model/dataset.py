@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pixart_data.buckets import Bucket
 from pixart_data.errors import ConfigError, DataError
-from pixart_data.shards import FeatureSet, read_manifest, tensor_shape
+from pixart_data.shards import FeatureSet, feature_sets, read_manifest, tensor_shape
 from pixart_model.config import Data, Model
 
 _ORDER_OF_ROWS, _ORDER_OF_BATCHES = 0, 1
@@ -296,7 +296,8 @@ def open_dataset(data: Data) -> Dataset:
     """Open the features that a job file names and join them by key.
 
     Raises:
-        DataError: If a set is missing or of the wrong kind, or the two have no sample in common.
+        ConfigError: If there is no such set.
+        DataError: If a set is not finished or of the wrong kind, or the two have no sample in common.
     """
     root = Path(data.features)
     images = _open(root / data.image_set, "image", "F16", _IMAGE_COLUMNS)
@@ -324,6 +325,9 @@ def pad(captions: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _open(root: Path, kind: str, dtype: str, columns: list[str]) -> FeatureSet:
+    if not root.is_dir():
+        there = ", ".join(feature_sets(root.parent)) or "none"
+        raise ConfigError(f"data.{kind}_set: no feature set {root.name} in {root.parent}; sets there: {there}")
     manifest = read_manifest(root)
     found = (manifest.kind, manifest.dtype)
     if found != (kind, dtype):

@@ -188,6 +188,7 @@ def _loop(state: State, setting: Setting, dataset: Dataset, run_dir: Path) -> Pa
                     last = checkpoint.save(run_dir, _snapshot(state, setting, dataset), job.run.keep_last)
                     _log.info("saved %s", last)
                     if painter:
+                        _log.info("drawing %d pictures", job.grid.num_images)
                         painter.draw(state.ema, run_dir / "grids" / f"{last.name}.png")
             if done:
                 return last

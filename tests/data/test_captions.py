@@ -11,6 +11,7 @@ from pixart_data.captions import (
     caption_files,
     count_captions,
     read_captions,
+    require_columns,
     seal_captions,
 )
 from pixart_data.commits import Record, publish, staging_path, write_record
@@ -76,8 +77,10 @@ def test_a_missing_column_is_named_beside_those_found(tmp_path, suffix, column, 
     path = tmp_path / f"t{suffix}"
     rows = [{"caption": "c", "id": 1}]
     (table(path, rows) if suffix == ".parquet" else lines(path, *rows))
-    with pytest.raises(ConfigError, match=f"no column '{missing}', found caption, id; name another column"):
-        captions(path, column, need_key)
+    remedy = "set sets.x.column" if missing == "text" else "add one with the keys of the images"
+    with pytest.raises(ConfigError, match=f"expected a column '{missing}', found caption, id; {remedy}"):
+        require_columns(files(path), "sets.x.column", column, need_key)
+    require_columns(files(path), "sets.x.column", "caption", need_key=False)
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pixart_data.captions import seal_captions
-from pixart_data.commits import Record, publish, staging_path, write_record
+from pixart_data.commits import Record, publish, read_records, staging_path, write_record
 from pixart_data.errors import DataError
 from pixart_data.records import IMAGE_INDEX, TEXT_INDEX
 from pixart_data.shards import Manifest, ShardWriter, seal
@@ -171,7 +171,10 @@ def test_a_table_of_captions_is_verified_by_its_records(tmp_path):
         staged = staging_path(tmp_path, "s")
         pq.write_table(pa.table({"key": [unit] * 2}), staged)
         write_record(tmp_path, Record(unit, "", {}, 2, 2, {}, [publish(staged, tmp_path, tmp_path, unit, ".parquet")]))
-    findings = list(verify(tmp_path))
+    *findings, unfinished = verify(tmp_path)
+    assert "not finished" in unfinished.problem
+    seal_captions(tmp_path, list(read_records(tmp_path).values()))
+    assert list(verify(tmp_path)) == findings
     assert [(f.num_samples, f.problem) for f in findings] == [(2, "")] * 3
     flip(findings[0].path, 50)
     findings[2].path.unlink()

@@ -186,6 +186,21 @@ def test_samples_are_pictures_that_say_how_they_were_made(world):
     assert np.asarray(picture).std() > 0
 
 
+def test_samples_of_an_earlier_run_are_replaced_and_nothing_else(world, tmp_path, capsys):
+    (tmp_path / "9999.png").write_text("not ours")
+    words = ["sample", str(world / "run"), "--out", str(tmp_path), "--set", "num_steps=1"]
+    assert cli.main([*words, "--prompt", "a", "--prompt", "b"]) == 0
+    assert cli.main([*words, "--prompt", "c\nd"]) == 0
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["0000.png", "9999.png", "grid.png"]
+    assert (tmp_path / "prompts.txt").read_text() == "0000.png c d\n"
+    assert (tmp_path / "job.toml").is_file()
+
+
+def test_extract_says_what_can_be_trained_on(world, capsys):
+    assert cli.main(["extract", str(world / "extract.toml")]) == 0
+    assert "12 samples to train on: 0 images have no text, 0 texts no image" in capsys.readouterr().out
+
+
 def test_running_again_does_nothing_twice(world, capsys):
     before = {path: path.stat().st_mtime_ns for path in world.rglob("commits/*.json")}
     assert len(before) == 3 + 6 + 3 + 4
@@ -209,6 +224,17 @@ def test_inspect_shows_buckets_shapes_and_captions(world, capsys):
     assert "(2, 4, 58, 16)" in out
     assert "pictures/cabin_dawn" in out
     assert "step 4" in out
+
+
+def test_an_unfinished_set_is_said_to_be(world, capsys):
+    manifest = world / "features/text/manifest.json"
+    whole = manifest.read_bytes()
+    manifest.unlink()
+    assert cli.main(["verify", str(world / "features")]) == 3
+    assert "not finished" in capsys.readouterr().err
+    assert cli.main(["inspect", str(world / "features")]) == 0
+    assert "text: not finished, 4 shards are done" in capsys.readouterr().out
+    manifest.write_bytes(whole)
 
 
 def test_verify_passes_then_names_the_damaged_sample(world, capsys):

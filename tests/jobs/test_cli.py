@@ -16,7 +16,7 @@ def run(capsys, *words):
     ("text", "expected"),
     [
         ('output = "o"\n[source]\npath = ["x"]\n', "source.path: unknown key; did you mean 'paths'?"),
-        ('output = "o"\n[source]\npaths = "x"\n', "source.paths: expected list, got 'x'"),
+        ('output = "o"\n[source]\npaths = "x"\n', "source.paths: expected a list, got 'x'; write ['x']"),
         ('output = "o"\n[source]\npaths = ["x"]\nrows_per_unit = 0\n', "greater than or equal to 1, got 0"),
         ('[source]\npaths = ["x"]\n', "output: required, and missing"),
         (
@@ -145,3 +145,60 @@ def test_a_reader_that_has_seen_enough_is_no_bug(tmp_path):
     assert process.stderr.read() == b""
     process.stderr.close()
     assert process.wait() == 141
+
+
+def test_a_missing_section_says_how_it_looks(capsys):
+    code, _, err = run(capsys, "caption", "--set", "output=o")
+    assert code == 2
+    assert "source: required, and missing; add a section [source] to the job file, with paths, layout, root ..." in err
+
+
+def test_an_empty_list_is_said_in_words(capsys):
+    code, _, err = run(capsys, "stats")
+    assert code == 2
+    assert "sets: expected at least one, found none" in err
+
+
+def test_an_unknown_flag_shows_the_usage_of_its_command(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["sample", "run", "--num-steps", "5"])
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert "usage: pixart sample" in err
+    assert "keys of the job file are set with --set KEY=VALUE" in err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.startswith("pixart 0.")
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "words"),
+    [
+        ("image", "t5", "image.model: expected a model of kind Autoencoder, found t5"),
+        ("text", "vae", "text.model: expected a model of kind t5, found AutoencoderKL"),
+        ("image", "", "image.model: .* holds no model: its config.json cannot be read"),
+    ],
+)
+def test_a_model_of_another_kind_is_found_before_any_work(capsys, miniatures, pictures, tmp_path, section, name, words):
+    import re
+
+    folder = miniatures.get(name, str(pictures))
+    words = [f"output={tmp_path}/o", f'source.paths=["{pictures}"]', f"{section}.model={folder}"], words
+    code, _, err = run(capsys, "extract", "--dry-run", *(w for o in words[0] for w in ("--set", o)))
+    assert code == 2
+    assert re.search(words[1], err)
+
+
+def test_a_mistake_in_text_is_found_before_the_images_are_encoded(capsys, miniatures, pictures, tmp_path):
+    settings = [
+        f"output={tmp_path}/o", f'source.paths=["{pictures}"]', f"image.model={miniatures['vae']}",
+        f"text.model={miniatures['t5']}", f"captions.path={tmp_path}/none.parquet",
+    ]  # fmt: skip
+    code, _, err = run(capsys, "extract", *(w for o in settings for w in ("--set", o)))
+    assert code == 2
+    assert "captions.path: no such file" in err
+    assert not (tmp_path / "o").exists()

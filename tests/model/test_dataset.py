@@ -138,7 +138,7 @@ def test_the_null_caption_is_read_and_checked(dataset, copy):
 
 
 def test_sets_that_are_absent_swapped_or_strangers_are_refused(features, copy, write_texts):
-    with pytest.raises(DataError, match="512px: no manifest.json"):
+    with pytest.raises(ConfigError, match="data.image_set: no feature set 512px in .*; sets there: 256px, text"):
         open_dataset(Data(features=str(features), image_set="512px"))
     with pytest.raises(DataError, match="expected image features in F16, found text in BF16"):
         open_dataset(Data(features=str(features), image_set="text"))

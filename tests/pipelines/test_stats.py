@@ -11,7 +11,9 @@ pytestmark = pytest.mark.usefixtures("ray_here")
 
 def table(folder, name, *captions):
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.jsonl").write_text("".join(json.dumps({"caption": text}) + "\n" for text in captions))
+    (folder / f"{name}.jsonl").write_text(
+        "".join(json.dumps({"caption": text, "other": text}) + "\n" for text in captions)
+    )
     return str(folder)
 
 
