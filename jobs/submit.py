@@ -41,7 +41,7 @@ def submit(command: str, job: Section, options: argparse.Namespace, verbose: boo
         print(f"submit: to {address}: {entrypoint}\n\n{_JOB_FILE}:\n{resolved_toml(job)}", end="")
         return 0
     client = _connect(address)
-    log.info("submitting to the cluster at %s, Ray %s", address, client.get_version())
+    log.info("submitting to the cluster at %s", address)
     if command in _IN_PROCESS and not options.gpus:
         log.warning("%s runs without a GPU: it was not given one with --gpus 1", command)
     with tempfile.TemporaryDirectory() as folder:

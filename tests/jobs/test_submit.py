@@ -21,9 +21,6 @@ class FakeClient:
         self.refuse, self.lose, self.lose_info = refuse, lose, lose_info
         self.jobs = []
 
-    def get_version(self):
-        return "2.60.0"
-
     def submit_job(self, **job):
         if self.refuse:
             raise self.refuse
