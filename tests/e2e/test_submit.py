@@ -97,7 +97,7 @@ def test_a_submitted_job_runs_on_the_cluster_and_its_exit_code_comes_back(submit
     sets[0]["column"] = "no_such_column"
     failed = submit("stats", job_file("stats", job))
     assert failed.returncode == 2, failed.stderr + failed.stdout
-    assert "no column 'no_such_column'" in failed.stdout
+    assert "expected a column 'no_such_column', found caption" in failed.stdout
 
 
 def test_a_wrong_token_is_one_line(submit, tmp_path):
