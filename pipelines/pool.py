@@ -64,7 +64,7 @@ class _Worker:
         self._rows = (0, 0)
         started_s = time.monotonic()
         record = self._stage(unit, self._report)
-        return replace(record, seconds=round(time.monotonic() - started_s, 3))
+        return replace(record, seconds=round(time.monotonic() - started_s, 6))
 
     def rows(self) -> tuple[int, int]:
         return self._rows
