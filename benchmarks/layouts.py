@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import safetensors.torch
 import torch
-import webdataset  # type: ignore[import-untyped]
+import webdataset
 from torch import Tensor
 
 from pipelines.features import TEXT_SHARDS, FeatureWriter

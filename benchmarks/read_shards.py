@@ -37,7 +37,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import safetensors.torch
 import torch
-import webdataset  # type: ignore[import-untyped]
+import webdataset
 from torch import Tensor
 
 from benchmarks import layouts

@@ -50,13 +50,14 @@ class FeatureWriter:
 
     def finish(self, schema: pa.Schema | None) -> list[PublishedFile]:
         """Publish the shards, then the index part (none without a schema), and return them all."""
-        files = []
+        shards = {}
         for folder, writer in self._writers.items():
             writer.close()
-            files.append(publish(writer.path, self.root, writer.path.parent, self.unit, ".tar"))
-            for row in self.rows:
-                if row.get("shard") == folder:
-                    row["shard"] = files[-1].path
+            shards[folder] = publish(writer.path, self.root, writer.path.parent, self.unit, ".tar")
+        for row in self.rows:
+            if "shard" in row:
+                row["shard"] = shards[row["shard"]].path
+        files = list(shards.values())
         if schema is not None:
             table = pa.Table.from_pylist(self.rows, schema=schema)
             files.append(publish_table(table, self.root, self.root / INDEX_PARTS, self.unit))
@@ -185,7 +186,9 @@ class TextStage:
                 yield CaptionRow(sample.key, sample.caption, error, detail)
 
     def _encode(self, held: list[CaptionRow], writer: FeatureWriter) -> None:
-        batch = self.encoder({"caption": [row.caption for row in held]}) if held else {"caption": [], "t5": []}
+        if not held:
+            return
+        batch = self.encoder({"caption": [row.caption for row in held]})
         for i, row in enumerate(held):
             fields = {"key": row.key, "caption": batch["caption"][i], "truncated": batch["truncated"][i]}
             if batch["finite"][i]:

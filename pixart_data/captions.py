@@ -149,9 +149,9 @@ def read_captions(file: CaptionFile, column: str, need_key: bool) -> Iterator[Ca
     """Yield every row of a file or slice.
 
     With `need_key`, rows without a usable key, or with one that came up before, are rejected; else keys may be empty.
+    `require_columns` checks the columns beforehand.
 
     Raises:
-        ConfigError: If the column, or the key column where it is needed, is missing.
         DataError: If the file cannot be read.
     """
     path = Path(file.path)

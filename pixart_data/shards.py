@@ -128,11 +128,9 @@ class ShardWriter:
         return place
 
     def close(self) -> None:
-        """Write the end-of-archive blocks and flush to the disk."""
+        """Write the end-of-archive blocks; `commits.publish` flushes the file to the disk."""
         with storage(self.path), self._file:
             self._file.write(bytes(2 * _BLOCK))
-            self._file.flush()
-            os.fsync(self._file.fileno())
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -260,9 +258,10 @@ def seal(root: Path, records: Sequence[Record], schema: pa.Schema, manifest: Man
     keys: list[pa.ChunkedArray] = []
     for part in parts:
         table = pq.read_table(root / part, schema=schema)
-        index.write(table.filter(table["error"].is_null()).select(index.schema.names))
+        good = table.filter(table["error"].is_null()).select(index.schema.names)
+        index.write(good)
         rejected.write(table.filter(table["error"].is_valid()).select(REJECTED.names))
-        keys.append(table.filter(table["error"].is_null())["key"])
+        keys.append(good["key"])
     _require_distinct(root, keys)
     sealed = replace(manifest, rejected_sha256=rejected.publish(), index_sha256=index.publish())
     write_atomic(root / MANIFEST, json.dumps(asdict(sealed), indent=1).encode())
