@@ -18,6 +18,9 @@ from typing import Any
 
 from pixart_data.config import Section, load
 from pixart_data.errors import ConfigError, PixArtError
+from pixart_data.logs import is_json, talk
+
+log = logging.getLogger(__name__)
 
 PACKAGES = ("jobs", "pipelines", "pixart_data", "pixart_model")
 JOB_FILES = Path(__file__).parent / "files"
@@ -38,6 +41,18 @@ class Command:
 
 
 COMMANDS = {
+    "fetch": Command(
+        "download images from lists of URLs",
+        "pipelines.config:Fetch",
+        "jobs.stages:fetch",
+        example="downloads.concurrency=64",
+    ),
+    "filter": Command(
+        "reject duplicates and images below your standards",
+        "pipelines.config:Filter",
+        "jobs.stages:filter",
+        example="filters.min_side_px=256",
+    ),
     "caption": Command("describe images with an image-text model", "pipelines.config:Caption", "jobs.stages:caption"),
     "stats": Command("measure the noun density of captions", "pipelines.config:Stats", "jobs.stages:stats"),
     "extract": Command("turn images and captions into features", "pipelines.config:Extract", "jobs.stages:extract"),
@@ -56,6 +71,12 @@ COMMANDS = {
     "verify": Command(
         "re-read every byte and name what is damaged", "jobs.config:Verify", "jobs.verify:verify", example="path=DIR"
     ),
+    "status": Command(
+        "show how far a run is, while it goes on or after it",
+        "jobs.config:Status",
+        "jobs.status:status",
+        example="as_json=true",
+    ),
 }
 
 
@@ -73,21 +94,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.command == "submit":
             raise ConfigError("expected one command to submit, e.g. pixart submit caption job.toml")
-        _talk(args.verbose)
+        talk(PACKAGES, name, args.verbose, args.log_json)
         job = read_job(args)
         if outer:
             return int(resolve("jobs.submit:submit", "data")(args.command, job, outer, args.verbose))
         resolve(COMMANDS[name].function, COMMANDS[name].extra)(job, dry_run=args.dry_run)
     except PixArtError as error:
         for line in str(error).splitlines():
-            print(f"pixart {name}: {line}", file=sys.stderr)
+            _complain(name, line, error.exit_code)
         return error.exit_code
     except BrokenPipeError:  # `pixart inspect ... | head` has seen enough; keep Python from complaining at its exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
         _let_go_of_ray()
-        print(f"pixart {name}: stopped; run the same command again to go on where it was", file=sys.stderr)
+        _complain(name, "stopped; run the same command again to go on where it was", 130)
         return 130
     return 0
 
@@ -107,6 +128,7 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=f"e.g. {command.example}")
         sub.add_argument("--dry-run", action="store_true", help="validate, count the work, print the plan, and stop")
         sub.add_argument("-v", "--verbose", action="store_true", help="say more")
+        sub.add_argument("--log-json", action="store_true", help="log one JSON object a line to stderr")
         sub.set_defaults(usage=sub)
     commands.add_parser("submit", parents=[submit_parser()], help="run any of these on a Ray cluster", add_help=False)
     return top
@@ -188,6 +210,15 @@ def _path_given(args: argparse.Namespace) -> Given:
     return (Path(args.path), {}) if args.path.endswith(".toml") else (None, {"path": args.path})
 
 
+def _status_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("path", help="an output directory, here or on an object store, or the job file that names it")
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _status_given(args: argparse.Namespace) -> Given:
+    return None, {"path": args.path, **({"as_json": True} if args.json else {})}
+
+
 def _sample_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("checkpoint", help="a job file, a checkpoint, or a run for its last checkpoint")
     sub.add_argument("--prompt", action="append", default=[], help="what to draw; may be repeated")
@@ -206,15 +237,23 @@ _ARGUMENTS = {
     "stats": _stats_arguments,
     "inspect": _path_arguments,
     "verify": _path_arguments,
+    "status": _status_arguments,
     "sample": _sample_arguments,
 }
-_GIVEN = {"stats": _stats_given, "inspect": _path_given, "verify": _path_given, "sample": _sample_given}
+_GIVEN = {
+    "stats": _stats_given,
+    "inspect": _path_given,
+    "verify": _path_given,
+    "status": _status_given,
+    "sample": _sample_given,
+}
 
 
-def _talk(verbose: bool) -> None:
-    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
-    for package in PACKAGES:
-        logging.getLogger(package).setLevel(logging.DEBUG if verbose else logging.INFO)
+def _complain(name: str, line: str, exit_code: int) -> None:
+    if is_json():
+        log.error("%s", line, extra={"fields": {"exit_code": exit_code}})
+    else:
+        print(f"pixart {name}: {line}", file=sys.stderr)
 
 
 def _let_go_of_ray() -> None:

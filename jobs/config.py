@@ -1,4 +1,4 @@
-"""The job files of the commands that only look: `inspect` and `verify`."""
+"""The job files of the commands that only look: `inspect`, `verify` and `status`."""
 
 from pydantic import Field
 
@@ -19,3 +19,12 @@ class Verify(Section):
 
     path: LocalPath
     """A dataset, a feature set, or the output directory of a stage."""
+
+
+class Status(Section):
+    """`pixart status`: where the runs of an output directory stand."""
+
+    path: LocalPath
+    """The output directory of a stage or of a dataset, local or on an object store, or the job file that names it."""
+    as_json: bool = False
+    """Print one JSON object, for programs."""

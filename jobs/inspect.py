@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 
 from jobs.config import Inspect
 from pixart_data.captions import caption_files
-from pixart_data.commits import COMMITS, MANIFEST, read_records
+from pixart_data.commits import COMMITS, MANIFEST, read_records, read_table
 from pixart_data.errors import ConfigError, DataError
 from pixart_data.shards import INDEX, REJECTED_FILE, Manifest, feature_sets, read_manifest, tensor_shape
+from pixart_data.storage import local_copy, location, read_bytes
 
 _META = "meta.json"
 _TEXT_WIDTH = 100
@@ -28,7 +29,7 @@ def inspect(job: Inspect, dry_run: bool) -> None:
     Raises:
         DataError: If it is nothing that the toolkit writes.
     """
-    path = Path(job.path)
+    path = location(job.path)
     kind, lines = _look(path, job.num_samples)
     print(f"{path}: {kind}")
     if not dry_run:
@@ -59,7 +60,7 @@ def _look_at_commits(path: Path, num_samples: int) -> tuple[str, Iterator[str]]:
     if not (path / MANIFEST).is_file():
         records = read_records(path)
         return f"unfinished, {len(records)} shards are done", iter(())
-    return "captions", _captions([Path(file.path) for file in caption_files(path, "path")], num_samples)
+    return "captions", _captions([location(file.path) for file in caption_files(path, "path")], num_samples)
 
 
 def _look_at_file(path: Path, num_samples: int) -> tuple[str, Iterator[str]]:
@@ -90,7 +91,7 @@ def _datasets(sets: dict[str, Path], unfinished: list[Path], num_samples: int) -
 
 
 def _first_rows(path: Path, count: int) -> list[dict[str, Any]]:
-    with pq.ParquetFile(path) as file:
+    with local_copy(path) as copy, pq.ParquetFile(copy) as file:
         batches = file.iter_batches(max(count, 1))
         return next(batches).to_pylist()[:count] if file.metadata.num_rows else []
 
@@ -110,7 +111,7 @@ def _images(manifest: Manifest, first: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _texts(manifest: Manifest, path: Path, first: list[dict[str, Any]]) -> Iterator[str]:
-    index = pq.read_table(path, columns=["num_tokens", "truncated"])
+    index = read_table(path, columns=["num_tokens", "truncated"])
     if index.num_rows:
         yield f"  tokens   {_spread(index['num_tokens'])}; {pc.sum(index['truncated']).as_py():,} captions truncated"
     null = manifest.model.get("null")
@@ -123,7 +124,7 @@ def _texts(manifest: Manifest, path: Path, first: list[dict[str, Any]]) -> Itera
 
 def _captions(paths: list[Path], num_samples: int) -> Iterator[str]:
     columns = ["status", "error", "finish_reason", "model", "num_tokens"]
-    table = pa.concat_tables([pq.read_table(path, columns=columns) for path in paths])
+    table = pa.concat_tables([read_table(path, columns=columns) for path in paths])
     num_good = pc.sum(pc.equal(table["status"], "ok")).as_py() or 0
     yield f"  {table.num_rows:,} rows in {len(paths)} part(s): {num_good:,} captioned"
     for name in ("error", "finish_reason", "model"):
@@ -133,7 +134,7 @@ def _captions(paths: list[Path], num_samples: int) -> Iterator[str]:
     if num_good:
         yield f"  {'tokens':14} {_spread(table['num_tokens'])}"
     shown = Counter[str]()
-    for row in (row for path in paths for row in pq.read_table(path).to_pylist()):
+    for row in (row for path in paths for row in read_table(path).to_pylist()):
         if shown[row["status"]] < num_samples:
             yield from _caption(row)
         shown[row["status"]] += 1
@@ -151,7 +152,7 @@ def _caption(row: dict[str, Any]) -> Iterator[str]:
 
 
 def _rejected(path: Path, num_samples: int) -> Iterator[str]:
-    table = pq.read_table(path)
+    table = read_table(path)
     if table.num_rows:
         yield f"  rejected {_tally(table['error'])}"
     for row in table.slice(0, num_samples).to_pylist():
@@ -162,7 +163,7 @@ def _statistics(path: Path) -> Iterator[str]:
     from pixart_data.reports import from_json, terminal_table
 
     try:
-        yield terminal_table(from_json(json.loads(path.read_text(encoding="utf-8"))))
+        yield terminal_table(from_json(json.loads(read_bytes(path))))
     except ValueError as error:
         raise DataError(f"{path}: not valid JSON ({error}); run `pixart stats` again") from error
 
@@ -183,7 +184,7 @@ def _checkpoint(path: Path) -> Iterator[str]:
 
 
 def _table(path: Path, num_samples: int) -> Iterator[str]:
-    with pq.ParquetFile(path) as file:
+    with local_copy(path) as copy, pq.ParquetFile(copy) as file:
         yield f"  {file.metadata.num_rows:,} rows"
         for column in file.schema_arrow:
             yield f"  {column.name:20} {column.type}"
@@ -194,7 +195,7 @@ def _table(path: Path, num_samples: int) -> Iterator[str]:
 def _tar(path: Path, num_samples: int) -> Iterator[str]:
     count = 0
     try:
-        with tarfile.open(path) as tar:
+        with local_copy(path) as copy, tarfile.open(copy) as tar:
             for count, member in enumerate(tar, 1):
                 if count <= num_samples:
                     yield f"  {member.name}, {member.size:,} bytes"

@@ -1,14 +1,21 @@
-"""The commands that run on Ray: `caption`, `stats` and `extract`."""
+"""The commands that run on Ray: `fetch`, `filter`, `caption`, `stats` and `extract`."""
 
-from pathlib import Path
 from types import ModuleType
 
 from pipelines import caption as caption_pipeline
 from pipelines import extract as extract_pipeline
+from pipelines import fetch as fetch_pipeline
+from pipelines import filter as filter_pipeline
 from pipelines import stats as stats_pipeline
-from pipelines.config import Caption, Extract, Stats
+from pipelines.config import Caption, Extract, Fetch, Filter, Stats
 from pixart_data.config import Section
 from pixart_data.reports import terminal_table
+from pixart_data.storage import location
+
+
+def fetch(job: Fetch, dry_run: bool) -> None:
+    """Download the images of a job's lists, or print what that would do."""
+    _run(fetch_pipeline, job, dry_run)
 
 
 def caption(job: Caption, dry_run: bool) -> None:
@@ -24,11 +31,16 @@ def stats(job: Stats, dry_run: bool) -> None:
         print(f"\nreport: {job.output}/{stats_pipeline.HTML_FILE} and {stats_pipeline.JSON_FILE}")
 
 
+def filter(job: Filter, dry_run: bool) -> None:
+    """Measure the images of a job and list those that its filters keep, or print what that would do."""
+    _run(filter_pipeline, job, dry_run)
+
+
 def extract(job: Extract, dry_run: bool) -> None:
     """Make the feature sets of a job, or print what that would do."""
     _run(extract_pipeline, job, dry_run)
     if job.image is not None and job.text is not None and not dry_run:
-        line = extract_pipeline.match_line(Path(job.output), job.image.set_name, job.text.set)
+        line = extract_pipeline.match_line(location(job.output), job.image.set_name, job.text.set)
         print(f"extract: {line} -> {job.output}")
 
 
@@ -37,6 +49,8 @@ def _run(pipeline: ModuleType, job: Section, dry_run: bool) -> None:
         for run, plan in pipeline.plan(job):
             print(plan.line(run))
             print(plan.count_line(run))
+            for line in plan.which_lines(run):
+                print(line)
         return
     for run, account in pipeline.run(job):
         print(f"{run.stage}: {account.line()} -> {run.root}")

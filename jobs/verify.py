@@ -1,9 +1,8 @@
 """`pixart verify`: re-read every byte and say what is damaged, by sample."""
 
-from pathlib import Path
-
 from jobs.config import Verify
 from pixart_data.errors import DataError
+from pixart_data.storage import location
 from pixart_data.verification import Finding
 from pixart_data.verification import verify as verify_files
 
@@ -14,7 +13,7 @@ def verify(job: Verify, dry_run: bool) -> None:
     Raises:
         DataError: If anything is damaged or missing, after all of it was read.
     """
-    root = Path(job.path)
+    root = location(job.path)
     if dry_run:
         sizes = [path.stat().st_size for path in root.rglob("*") if path.is_file()]
         print(f"verify: would read at most {len(sizes)} files, {sum(sizes):,} bytes, under {root}")

@@ -1,113 +1,184 @@
 """`pixart caption`: source shards to a Parquet table of captions, one part for each shard."""
 
+import logging
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from pipelines.config import Caption
 from pipelines.driver import Account, Plan, Run, execute, make_plan
-from pipelines.pictures import Picture, read_pictures
-from pipelines.pool import Report
+from pipelines.engine import Engine
+from pipelines.pictures import Picture, ahead, read_pictures
+from pipelines.worker import Report
 from pixart_data.captions import seal_captions
-from pixart_data.commits import Record, publish_table
+from pixart_data.commits import Record, publish_table, read_table
 from pixart_data.models import identity, require_kind
-from pixart_data.records import CAPTIONS, SCHEMA_VERSION, Reason
+from pixart_data.questions import MAIN, Answers, NoCaption
+from pixart_data.records import SCHEMA_VERSION, Reason, captions_schema
+from pixart_data.sections import Captioner
 from pixart_data.sources import Unit, count_rows, find_units
+from pixart_data.storage import location
+
+if TYPE_CHECKING:
+    from pixart_data.images import Decoded
 
 STAGE = "caption"
 PARTS = "parts"
 _ANY_MODEL = "."
+_UNDECIDING = {"model", "revision", "batch_size", "device", "server"}  # of the results
+_SENT = {"max_side_px", "jpeg_quality"}  # what of a server's settings decides them
+
+log = logging.getLogger(__name__)
+
+Row = dict[str, Any]
 
 
 class CaptionStage:
-    """Captions one unit after another with one loaded model."""
+    """Captions one unit after another, with one loaded model or by asking servers."""
 
     def __init__(self, job: Caption) -> None:
-        from pixart_data.captioner import Captioner
+        self.job, self.root = job, location(job.output)
+        self.more = list(job.captioner.questions)[1:]
+        if job.captioner.server is None:
+            from pixart_data.captioner import Captioner
 
-        self.job = job
-        self.captioner = Captioner(job.captioner)
+            self.captioner: Any = Captioner(job.captioner)
+            self.describe: Any = Engine(self.captioner)
+        else:
+            from pixart_data.servers import ServedCaptioner
+
+            self.captioner = self.describe = ServedCaptioner(job.captioner)
 
     def __call__(self, unit: Unit, report: Report) -> Record:
         """Write the unit's part of the table and return its record."""
-        root = Path(self.job.output)
-        config = self.job.captioner
-        pictures = read_pictures(unit, self.job.source, config.batch_size, config.min_side_px)
-        self.captioner.seed(zlib.crc32(f"{config.seed}/{unit.id}".encode()))
-        rows: list[dict[str, Any]] = []
-        rejected: Counter[str] = Counter()
-        for row in self._rows(pictures):
+        rows: list[Row] = []
+        num_rejected = 0
+        for row in self._rows(unit, None):
             rows.append(row)
-            rejected.update(() if row["error"] is None else (row["error"],))
-            report(len(rows), rejected.total())
-        file = publish_table(pa.Table.from_pylist(rows, schema=CAPTIONS), root, root / PARTS, unit.id)
+            num_rejected += row["error"] is not None
+            report(len(rows), num_rejected)
+        return self._publish(unit, rows)
+
+    def retry(self, unit: Unit, reasons: Sequence[str], record: Record, report: Report) -> Record:
+        """Describe the images again that were rejected for one of `reasons`, and write the part anew."""
+        rows: list[Row] = read_table(self.root / record.files[0].path).to_pylist()
+        again = {row["key"]: row for row in rows if row["error"] in reasons}
+        num_rejected = 0
+        for count, row in enumerate(self._rows(unit, again.keys()), 1):
+            again[row["key"]] = row
+            num_rejected += row["error"] is not None
+            report(count, num_rejected)
+        return self._publish(unit, [again.get(row["key"], row) for row in rows])
+
+    def _publish(self, unit: Unit, rows: list[Row]) -> Record:
+        table = pa.Table.from_pylist(rows, schema=captions_schema(self.more))
+        file = publish_table(table, self.root, self.root / PARTS, unit.id)
+        rejected = Counter(row["error"] for row in rows if row["error"] is not None)
         rows_out = len(rows) - rejected.total()
-        return Record(unit.id, "", {}, len(rows), rows_out, dict(rejected), [file], facts=self.captioner.facts)
+        facts = {**self.captioner.facts}
+        if self.more:
+            facts["missing"] = {name: _tally(rows, name) for name in self.more}
+        return Record(unit.id, "", {}, len(rows), rows_out, dict(rejected), [file], facts=facts)
 
-    def _rows(self, pictures: Iterator[Picture]) -> Iterator[dict[str, Any]]:
-        """Caption in batches of good pictures and yield rows in the order of the source."""
-        held: list[Picture] = []
-        num_good = 0
-        for picture in pictures:
-            held.append(picture)
-            num_good += picture.error is None
-            if num_good == self.job.captioner.batch_size:
-                yield from self._batch(held)
-                held, num_good = [], 0
-        yield from self._batch(held)
+    def _rows(self, unit: Unit, keys: Any) -> Iterator[Row]:
+        """Yield the rows of a unit in the order of the source, all of them or those with `keys`."""
+        config, captioner = self.job.captioner, self.captioner
+        num_ahead = max(captioner.batch_size, captioner.num_batches // 2)
+        pictures = read_pictures(
+            unit, self.job.source, num_ahead, config.min_side_px, then=self._prepare, keys=keys
+        )  # no decoded picture is kept in memory but those that the engine itself keeps
+        batches = _batches(pictures, captioner.batch_size)
+        answer = partial(self._batch, unit)
+        if captioner.num_batches == 1:
+            answered: Iterator[list[Row]] = map(answer, batches)
+        else:
+            answered = ahead(answer, batches, captioner.num_batches, 2 * captioner.num_batches)
+        for rows in answered:
+            yield from rows
 
-    def _batch(self, held: list[Picture]) -> Iterator[dict[str, Any]]:
+    def _prepare(self, decoded: "Decoded") -> tuple[Any, Row]:
+        """Return what the engine makes of a picture, and what the row says of it; done beside the model."""
+        facts = {"width_px": decoded.width_px, "height_px": decoded.height_px, "image_ops": decoded.ops}
+        return self.captioner.prepare(decoded.image), facts
+
+    def _batch(self, unit: Unit, held: list[Picture]) -> list[Row]:
         good = [picture for picture in held if picture.error is None]
-        answers: Iterator[Any] = iter(())
+        answers: Iterator[Answers] = iter(())
         if good:
-            images = [picture.decoded.image for picture in good if picture.decoded]
-            batch: dict[str, list[Any]] = {"image": images, "raw_caption": [picture.sample.caption for picture in good]}
-            answers = iter(self.captioner(batch)["answer"])
-        for picture in held:
-            yield self._row(picture, next(answers) if picture.error is None else None)
+            batch: dict[str, list[Any]] = {
+                "image": [picture.placed[0] for picture in good],
+                "raw_caption": [picture.sample.caption for picture in good],
+                "seed": [_seed(self.job.captioner.seed, unit.id, picture.sample.key) for picture in good],
+            }
+            answers = iter(self.describe(batch)["answers"])
+        return [self._row(picture, next(answers) if picture.error is None else {}) for picture in held]
 
-    def _row(self, picture: Picture, answer: Any) -> dict[str, Any]:
+    def _row(self, picture: Picture, answers: Answers) -> Row:
+        main = answers.get(MAIN)
         error, detail = picture.error, picture.detail
-        if answer is not None and not answer.text:
-            error, detail = Reason.EMPTY_CAPTION, f"the model answered nothing ({answer.finish_reason})"
-        row: dict[str, Any] = {
+        if isinstance(main, NoCaption):
+            error, detail = main.reason, main.detail
+        elif main is not None and not main.text:
+            error, detail = Reason.EMPTY_CAPTION, f"the model answered nothing ({main.finish_reason})"
+        row: Row = {
             "key": picture.sample.key,
             "raw_caption": picture.sample.caption,
             "model": self.job.captioner.model,
             "status": "ok" if error is None else "rejected",
-            "error": None if error is None else str(error),
-            "detail": detail or None,
+            "prompt": main.prompt if main else None,
+            **(picture.placed[1] if picture.placed else {}),
         }
-        if picture.decoded is not None:
-            row |= {
-                "width_px": picture.decoded.width_px,
-                "height_px": picture.decoded.height_px,
-                "image_ops": picture.decoded.ops,
-            }
-        if answer is not None:
-            row |= {
-                "caption": answer.text or None,
-                "prompt": answer.prompt,
-                "finish_reason": answer.finish_reason,
-                "num_prompt_tokens": answer.num_prompt_tokens,
-                "num_tokens": answer.num_tokens,
-            }
-        return row
+        for name, answer in answers.items():
+            row |= _columns(name.removeprefix(MAIN), answer)
+        return row | {"error": None if error is None else str(error), "detail": detail or None}
+
+
+def _batches(pictures: Iterator[Picture], batch_size: int) -> Iterator[list[Picture]]:
+    """Yield runs of pictures with `batch_size` good ones in each, and bad ones wherever they come."""
+    held: list[Picture] = []
+    num_good = 0
+    for picture in pictures:
+        held.append(picture)
+        num_good += picture.error is None
+        if num_good == batch_size:
+            yield held
+            held, num_good = [], 0
+    if held:
+        yield held
+
+
+def _columns(suffix: str, answer: Any) -> Row:
+    """Return the columns of one answer: `caption_short` and the others with that ending for the suffix `_short`."""
+    if isinstance(answer, NoCaption):
+        return {f"error{suffix}": str(answer.reason)}
+    return {
+        f"caption{suffix}": answer.text or None,
+        f"finish_reason{suffix}": answer.finish_reason,
+        f"num_prompt_tokens{suffix}": answer.num_prompt_tokens,
+        f"num_tokens{suffix}": answer.num_tokens,
+        f"error{suffix}": None if answer.text else str(Reason.EMPTY_CAPTION),
+    }
+
+
+def _tally(rows: list[Row], name: str) -> dict[str, int]:
+    """Count the images without a further caption, by reason; those that were never asked about are in the account."""
+    return dict(sorted(Counter(filter(None, (row.get(f"error{name.removeprefix(MAIN)}") for row in rows))).items()))
+
+
+def _seed(seed: int, unit: str, key: str) -> int:
+    return zlib.crc32(f"{seed}/{unit}/{key}".encode())
 
 
 def prepare(job: Caption) -> Run:
     """Find the units of a job and what decides their results."""
-    captioner = job.captioner.model_dump(exclude={"model", "revision", "batch_size", "device"})
     source = job.source.model_dump(include={"layout", "path_column", "caption_column", "max_image_pixels"})
-    require_kind("captioner.model", job.captioner.model, None, _ANY_MODEL)
-    model = identity("captioner.model", job.captioner.model, job.captioner.revision, None)
-    decided = {"schema": SCHEMA_VERSION, "captioner": {**captioner, "model": model}, "source": source}
-    root = Path(job.output)
+    decided = {"schema": SCHEMA_VERSION, "captioner": _decided(job.captioner), "source": source}
+    root = location(job.output)
     return Run(
         stage=STAGE,
         root=root,
@@ -117,7 +188,21 @@ def prepare(job: Caption) -> Run:
         cluster=job.cluster,
         swept=[root / PARTS],
         count=count_rows,
+        needs_gpu=job.captioner.server is None,
     )
+
+
+def _decided(captioner: Captioner) -> dict[str, Any]:
+    """Return what of the section decides the captions: not where the model runs, nor how many it describes at once."""
+    decided = captioner.model_dump(exclude=_UNDECIDING)
+    if not captioner.prompts:  # as it was before there were any
+        del decided["prompts"]
+    if captioner.server is not None:
+        del decided["dtype"]  # the server's own
+        served = f"served:{captioner.model}@{captioner.revision or ''}"
+        return {**decided, "model": served, "server": captioner.server.model_dump(include=_SENT)}
+    require_kind("captioner.model", captioner.model, None, _ANY_MODEL)
+    return {**decided, "model": identity("captioner.model", captioner.model, captioner.revision, None)}
 
 
 def plan(job: Caption) -> list[tuple[Run, Plan]]:
@@ -129,4 +214,16 @@ def plan(job: Caption) -> list[tuple[Run, Plan]]:
 def run(job: Caption) -> list[tuple[Run, Account]]:
     """Do the job."""
     prepared = prepare(job)
-    return [(prepared, execute(prepared, job, partial(seal_captions, prepared.root)))]
+    return [(prepared, execute(prepared, job, partial(_finish, prepared.root)))]
+
+
+def _finish(root: Path, records: list[Record]) -> None:
+    """Say which further captions are missing, for no rejected row does, and seal the table."""
+    missing: dict[str, Counter[str]] = {}
+    for record in records:
+        for name, reasons in record.facts.get("missing", {}).items():
+            missing.setdefault(name, Counter()).update(reasons)
+    for name, reasons in missing.items():
+        found = ", ".join(f"{reason} {count:,}" for reason, count in sorted(reasons.items())) or "none"
+        log.info("%s: %s: images without it, beside those rejected: %s", STAGE, name, found)
+    seal_captions(root, records)

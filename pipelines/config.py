@@ -5,7 +5,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from pixart_data.config import LocalPath, Section
-from pixart_data.sections import Captioner, ImageFeatures, Source, TextFeatures
+from pixart_data.sections import Captioner, Downloads, Filters, ImageFeatures, Source, TextFeatures, UrlLists
 
 
 class Cluster(Section):
@@ -24,6 +24,13 @@ class Cluster(Section):
     """A unit that fails this often is set aside; the job goes on, names it at the end and exits with 4."""
     max_rejected: float = Field(default=0.2, ge=0.0, le=1.0)
     """Above this share of rejected rows the finished job exits with 3; runs of under 100 rows are not judged."""
+    max_rejected_by_reason: dict[str, float] = {}
+    """The same for single reasons, e.g. `{ truncated_image = 0.01 }`."""
+    stall_s: float = Field(default=1800.0, gt=0)
+    """A unit without a new row, or a model that is not loaded, after this long hangs: its worker is killed, and the
+    unit tried again."""
+    price_per_hour: float | None = Field(default=None, ge=0)
+    """What an hour of one worker costs, in dollars: for the costs that `pixart status` shows."""
 
 
 class Caption(Section):
@@ -34,6 +41,39 @@ class Caption(Section):
     source: Source
     captioner: Captioner = Captioner()
     cluster: Cluster = Cluster()
+
+
+class Filter(Section):
+    """`pixart filter`: measures every image, and lists those that pass the filters for the stages that follow."""
+
+    output: LocalPath
+    """Directory of the measurements and of what was kept; the `source.kept` of the stages that follow."""
+    source: Source
+    filters: Filters = Filters()
+    cluster: Cluster = Cluster()
+
+    @model_validator(mode="after")
+    def _reads_all(self) -> Self:
+        if self.source.kept is not None:
+            raise ValueError("source.kept: expected none, as a filter reads the whole source; put all filters in one")
+        return self
+
+
+class FetchCluster(Cluster):
+    """Where the work runs and how hard it tries; `fetch` uses no GPU and takes a worker for each CPU."""
+
+    max_rejected: float = Field(default=0.5, ge=0.0, le=1.0)
+    """Above this share of rejected rows the finished job exits with 3; lists of URLs age, hence so high."""
+
+
+class Fetch(Section):
+    """`pixart fetch`: lists of URLs to tars of images, one for each slice of a list."""
+
+    output: LocalPath
+    """Directory of the images; a `source.paths` of the stages that follow."""
+    urls: UrlLists
+    downloads: Downloads = Downloads()
+    cluster: FetchCluster = FetchCluster()
 
 
 class CaptionSet(Section):

@@ -1,5 +1,6 @@
 """One run of a stage over its units: what is left to do, who does it, what is committed, and the account at the end."""
 
+import difflib
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -8,18 +9,27 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ray.exceptions import RayError
+
 from pipelines.cluster import connect, share
 from pipelines.config import Cluster
-from pipelines.pool import Pool, Stage, Work
-from pipelines.progress import Progress
-from pixart_data.commits import MANIFEST, Record, output_lock, read_records, sweep, write_atomic, write_record
+from pipelines.pool import Pool
+from pipelines.progress import Progress, RunFacts, Timing
+from pipelines.worker import Retry, Stage, Work
+from pixart_data import events
+from pixart_data.commits import COMMITS, MANIFEST, Record, read_records, sweep, write_record
 from pixart_data.config import Section, digest, resolved_toml
-from pixart_data.errors import DataError, JobError
+from pixart_data.errors import ConfigError, DataError, JobError
+from pixart_data.leases import Lease, output_lock
+from pixart_data.records import Reason
+from pixart_data.storage import delete, list_files, write_atomic
 
 log = logging.getLogger(__name__)
 
+JOB = "job.toml"
 _JUDGED_FROM_ROWS = 100
 _COUNT_THREADS = 8
+_UNITS_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,8 @@ class Run:
         count: The number of rows in a unit, for `--dry-run`.
         per_cpu: Without `cluster.num_workers`, a worker for each CPU: the stage loads no large model.
         judged: Whether rejected rows count against `cluster.max_rejected`.
+        units_per_worker: Two let a worker's model work while one of its units starts or ends.
+        needs_gpu: False where the work is done elsewhere, by a server: workers get no GPU then.
     """
 
     stage: str
@@ -48,24 +60,37 @@ class Run:
     count: Callable[[Any], int]
     per_cpu: bool = False
     judged: bool = True
+    units_per_worker: int = 1
+    needs_gpu: bool = True
 
 
 @dataclass
 class Plan:
-    """Which units are done and which are left, why done ones are redone, and how many records are of other units."""
+    """Which units are done and which are left, the redone ones by what changed, and the number of others' records."""
 
     done: dict[str, Record] = field(default_factory=dict)
     todo: list[tuple[Work, dict[str, Any]]] = field(default_factory=list)
-    redo: Counter[str] = field(default_factory=Counter)
+    redo: dict[str, list[str]] = field(default_factory=dict)
     others: int = 0
 
     def line(self, run: Run) -> str:
         """Say how many shards are done and left, and why done ones are redone."""
         total = len(self.done) + len(self.todo)
-        fresh = len(self.todo) - self.redo.total()
-        parts = [f"{fresh} new", *(f"{count} redone: {why}" for why, count in sorted(self.redo.items()))]
+        fresh = len(self.todo) - sum(map(len, self.redo.values()))
+        parts = [f"{fresh} new", *(f"{len(units)} redone: {why}" for why, units in sorted(self.redo.items()))]
         detail = f" ({'; '.join(parts)})" if self.redo else ""
         return f"{run.stage}: {total} shards, {len(self.done)} done, {len(self.todo)} to do{detail} -> {run.root}"
+
+    def which_lines(self, run: Run) -> list[str]:
+        """Name the shards that are to do, the first few of each kind."""
+        redone = {unit for units in self.redo.values() for unit in units}
+        kinds = {"new": [unit.id for unit, _ in self.todo if unit.id not in redone], **self.redo}
+        lines = []
+        for why, units in kinds.items():
+            more = f" and {len(units) - _UNITS_NAMED} others" if len(units) > _UNITS_NAMED else ""
+            if units:
+                lines.append(f"{run.stage}: {why}: {', '.join(units[:_UNITS_NAMED])}{more}")
+        return lines
 
     def count_line(self, run: Run) -> str:
         """Count the rows that are done and left; reads the sources, which can take a while."""
@@ -114,79 +139,163 @@ def make_plan(run: Run) -> Plan:
             plan.done[unit.id] = record
             continue
         if record is not None:
-            plan.redo[_changed(record.settings, settings)] += 1
+            plan.redo.setdefault(_changed(record.settings, settings), []).append(unit.id)
         plan.todo.append((unit, settings))
     return plan
 
 
-def execute(run: Run, job: Section, finish: Callable[[list[Record]], None] | None = None) -> Account:
+def execute(
+    run: Run,
+    job: Section,
+    finish: Callable[[list[Record]], "Account | None"] | None = None,
+    reasons: Sequence[str] = (),
+) -> Account:
     """Do what is left of a run, commit it, call `finish` with all records, and account for every row.
 
     Args:
         job: The job, written resolved as `job.toml` beside the results.
-        finish: Writes what spans units (an index, a report), the manifest last; called under the output's lock, with
-            the records of this run's units alone, and never after a failure.
+        finish: Writes what spans units (an index, a report), the manifest last; called under the output's lease, with
+            the records of this run's units alone, and never after a failure. It may return an account of its own,
+            where rows are rejected for what is known only of all units together.
+        reasons: Do nothing but the rows again that were rejected for these, of a run that is done.
 
     Raises:
+        ConfigError: If a reason is unknown.
         DataError: If too many rows were rejected, after everything is committed.
-        JobError: If units were set aside, after the others are committed.
+        JobError: If units were set aside, after the others are committed, or another run holds the output.
     """
-    with output_lock(run.root):
+    _require_known([*reasons, *run.cluster.max_rejected_by_reason])
+    with output_lock(run.root) as lease:
         plan = make_plan(run)
         log.info("%s", plan.line(run))
         if plan.others:
             log.info("%s: %d shards of other sources stay there, and out of this job", run.stage, plan.others)
-        write_atomic(run.root / "job.toml", resolved_toml(job).encode())
+        if reasons:
+            _plan_retry(run, plan, reasons)
+        write_atomic(run.root / JOB, f"# pixart {run.stage.split()[0]}\n{resolved_toml(job)}".encode())
         sweep(run.root, run.swept)
-        failed = _work(run, plan) if plan.todo else {}
-        records = [plan.done[unit.id] for unit in run.units if unit.id in plan.done]
-        if failed:
-            names = "; ".join(f"{unit}: {reason}" for unit, reason in sorted(failed.items())[:5])
-            raise JobError(
-                f"{run.stage}: {len(failed)} of {len(run.units)} shards failed {run.cluster.max_attempts} times and "
-                f"were set aside, the others are done: {names}; mend the cause, then run the same command again"
-            )
-        if finish:
-            finish(records)
-        sweep(run.root, run.swept)
-    account = Account.of(records)
+        todo = {unit.id for unit, _ in plan.todo}
+        done = [record for unit, record in plan.done.items() if unit not in todo]
+        progress = Progress(RunFacts(run.stage, run.root, len(run.units), done, run.cluster.price_per_hour, None))
+        try:
+            account = _execute(run, plan, lease, progress, finish)
+        except BaseException as error:
+            stopped = isinstance(error, KeyboardInterrupt) or "SIGTERM" in str(error)
+            progress.close("stopped" if stopped else "failed", str(error))
+            raise
+        progress.close("done")
+    return account
+
+
+def _execute(
+    run: Run,
+    plan: Plan,
+    lease: Lease,
+    progress: Progress,
+    finish: Callable[[list[Record]], "Account | None"] | None,
+) -> Account:
+    failed = _work(run, plan, lease, progress) if plan.todo else {}
+    records = [plan.done[unit.id] for unit in run.units if unit.id in plan.done]
+    if failed:
+        names = "; ".join(f"{unit}: {reason}" for unit, reason in sorted(failed.items())[:_UNITS_NAMED])
+        raise JobError(
+            f"{run.stage}: {len(failed)} of {len(run.units)} shards failed {run.cluster.max_attempts} times and "
+            f"were set aside, the others are done: {names}; mend the cause, then run the same command again"
+        )
+    lease.check()
+    account = (finish(records) if finish else None) or Account.of(records)
+    sweep(run.root, run.swept)
     if run.judged:
         _judge(run, account)
     return account
 
 
-def _work(run: Run, plan: Plan) -> dict[str, str]:
+def _plan_retry(run: Run, plan: Plan, reasons: Sequence[str]) -> None:
+    """Replace what is to do by the rejected rows of what is done.
+
+    Raises:
+        DataError: If the run is not done, or its source or settings have changed.
+    """
+    if plan.todo:
+        command = run.stage.split()[0]
+        raise DataError(
+            f"{run.root}: expected a finished run, found {len(plan.todo)} shards to do; run `pixart {command}` on "
+            f"{run.root / JOB} first"
+        )
+    for unit in run.units:
+        record = plan.done[unit.id]
+        if any(record.rejected.get(reason) for reason in reasons):
+            plan.todo.append((Retry(unit, record, tuple(reasons)), record.settings))
+    count = sum(work.record.rejected.get(reason, 0) for work, _ in plan.todo for reason in reasons)  # type: ignore[attr-defined]
+    log.info("%s: %d rejected rows of %d shards are done again", run.stage, count, len(plan.todo))
+
+
+def _work(run: Run, plan: Plan, lease: Lease, progress: Progress) -> dict[str, str]:
     settings = {unit.id: unit_settings for unit, unit_settings in plan.todo}
-    progress = Progress(run.stage, len(run.units), len(plan.done))
+    new = {unit.id for unit, _ in plan.todo} - _committed(run.root)
     connect(run.cluster)
-    pool = Pool(run.build, share(run.cluster, len(plan.todo), run.per_cpu), run.cluster.max_attempts)
+    cluster = run.cluster if run.needs_gpu else run.cluster.model_copy(update={"gpus_per_worker": 0.0})
 
-    def live(rows: int, rejected: int) -> None:
-        progress.live(rows, rejected, pool.num_waiting)
+    def room() -> int:
+        return share(cluster, len(plan.todo), run.per_cpu).num_workers
 
+    pool = Pool(
+        run.build,
+        share(cluster, len(plan.todo), run.per_cpu),
+        cluster.max_attempts,
+        progress,
+        run.units_per_worker,
+        cluster.stall_s,
+        None if cluster.num_workers else room,
+    )
+    noted = Counter(events.counts())
+    unsealed = False
     try:
-        for result in pool.work([unit for unit, _ in plan.todo], live):
-            decided = settings[result.unit]
-            record = replace(result, settings=decided, digest=digest(decided))
-            if plan.redo:  # a manifest of what was there describes it no more
-                (run.root / MANIFEST).unlink(missing_ok=True)
-            write_record(run.root, record)
+        for done, attempt in pool.work([unit for unit, _ in plan.todo]):
+            decided = settings[done.record.unit]
+            record = replace(done.record, settings=decided, digest=digest(decided))
+            lease.check()
+            if record.unit not in new and not unsealed:  # a manifest of what was there describes it no more
+                delete([run.root / MANIFEST])
+                unsealed = True
+            write_record(run.root, record, replaces=record.unit not in new)
             plan.done[record.unit] = record
-            progress.unit_done(record.rows_in, sum(record.rejected.values()))
-    finally:
-        progress.close()
+            progress.unit_done(record, Timing(done.worker, done.seconds, done.busy_s, attempt, done.peak_rss_bytes))
+            for kind, count in (Counter(events.counts()) - noted).items():
+                progress.note(kind, count)
+            noted = Counter(events.counts())
+    except RayError as error:
+        raise JobError(f"{run.stage}: the cluster was lost: {error}; run the same command again to go on") from error
     return pool.failed
 
 
+def _committed(root: Path) -> set[str]:
+    return {path.name.removesuffix(".json") for path in list_files(root / COMMITS)}
+
+
 def _judge(run: Run, account: Account) -> None:
-    rejected = sum(account.rejected.values())
-    share_rejected = rejected / account.rows_in if account.rows_in else 0.0
-    if account.rows_in >= _JUDGED_FROM_ROWS and share_rejected > run.cluster.max_rejected:
-        raise DataError(
-            f"{run.stage}: {account.line()}: {share_rejected:.0%} rejected, limit {run.cluster.max_rejected:.0%} "
-            f"(cluster.max_rejected); everything is committed in {run.root}: see what `pixart inspect` says of the "
-            "rejected rows, and raise the limit if that is as it should be"
-        )
+    """Raise DataError if more rows were rejected than the job allows, in all or for one reason."""
+    if account.rows_in < _JUDGED_FROM_ROWS:
+        return
+    judged = [(sum(account.rejected.values()), run.cluster.max_rejected, "rejected", "cluster.max_rejected")]
+    for reason, limit in run.cluster.max_rejected_by_reason.items():
+        judged.append((account.rejected.get(reason, 0), limit, reason, "cluster.max_rejected_by_reason"))
+    for count, limit, what, key in judged:
+        if count / account.rows_in > limit:
+            raise DataError(
+                f"{run.stage}: {account.line()}: {count / account.rows_in:.0%} {what}, limit {limit:.0%} "
+                f"({key}); everything is committed in {run.root}: see what `pixart inspect` says of the "
+                "rejected rows, and raise the limit if that is as it should be"
+            )
+
+
+def _require_known(reasons: Iterable[str]) -> None:
+    known = [str(reason) for reason in Reason]
+    for name in reasons:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
+            raise ConfigError(f"reason {name!r}: expected why rows are rejected, found no such reason; {hint}")
 
 
 def _changed(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str:

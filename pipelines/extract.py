@@ -5,28 +5,29 @@ The sets are separate runs with records of their own, so that another resolution
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipelines.config import Extract
 from pipelines.driver import Account, Plan, Run, execute, make_plan
 from pipelines.features import TEXT_SHARDS, ImageStage, NullCaption, TextStage
-from pipelines.pool import Work
-from pixart_data.buckets import RESIZE_FILTER, bucket_table
+from pipelines.worker import Work
+from pixart_data.buckets import bucket_table
+from pixart_data.canvases import preparation
 from pixart_data.captions import CaptionFile, caption_files, count_captions, require_columns
-from pixart_data.commits import Record
+from pixart_data.commits import Record, read_table
 from pixart_data.errors import ConfigError
 from pixart_data.models import identity, require_kind, versions
 from pixart_data.records import IMAGE_INDEX, SCHEMA_VERSION, TEXT_INDEX
 from pixart_data.sections import ImageFeatures, Source, TextFeatures
 from pixart_data.shards import INDEX, INDEX_PARTS, Manifest, seal
 from pixart_data.sources import Unit, count_rows, find_units
+from pixart_data.storage import location
 
 log = logging.getLogger(__name__)
 
@@ -41,15 +42,15 @@ def plan(job: Extract) -> list[tuple[Run, Plan]]:
     return [(run, make_plan(run)) for run, _ in list(_runs(job))]
 
 
-def run(job: Extract) -> list[tuple[Run, Account]]:
-    """Do the job, images first."""
+def run(job: Extract, reasons: Sequence[str] = ()) -> list[tuple[Run, Account]]:
+    """Do the job, images first; with `reasons`, do the rows of a finished one again that were rejected for these."""
     runs = list(_runs(job))  # all of them: a mistake in [text] is not to be found after days of [image]
-    return [(run, execute(run, job, finish)) for run, finish in runs]
+    return [(run, execute(run, job, finish, reasons)) for run, finish in runs]
 
 
 def match_line(root: Path, image_set: str, text_set: str) -> str:
     """Say how many samples of two finished sets training will find in both."""
-    images, texts = (pq.read_table(root / name / INDEX, columns=["key"])["key"] for name in (image_set, text_set))
+    images, texts = (read_table(root / name / INDEX, columns=["key"])["key"] for name in (image_set, text_set))
     both = pc.sum(pc.is_in(images, value_set=texts)).as_py() or 0
     alone = f"{len(images) - both:,} images have no text, {len(texts) - both:,} texts no image"
     return f"{both:,} samples to train on: {alone}"
@@ -63,7 +64,7 @@ def _runs(job: Extract) -> Iterator[tuple[Run, Finish]]:
 
 
 def _image_run(job: Extract, source: Source, config: ImageFeatures) -> tuple[Run, Finish]:
-    root = Path(job.output) / config.set_name
+    root = location(job.output) / config.set_name
     buckets = bucket_table(config.resolution_px)
     require_kind("image.model", config.model, config.subfolder, "Autoencoder")
     decided = {
@@ -71,6 +72,7 @@ def _image_run(job: Extract, source: Source, config: ImageFeatures) -> tuple[Run
         "image": {
             "model": identity("image.model", config.model, config.revision, config.subfolder),
             "resolution_px": config.resolution_px,
+            "preparation": preparation(),
             "dtype": config.dtype,
         },
         "source": source.model_dump(include={"layout", "path_column", "max_image_pixels"}),
@@ -80,16 +82,17 @@ def _image_run(job: Extract, source: Source, config: ImageFeatures) -> tuple[Run
         root=root,
         units=find_units(source),
         settings=lambda unit: {**decided, "shard": unit.fingerprint},
-        build=partial(ImageStage, root, source, config),
+        build=partial(ImageStage, root, source, config, preparation()),
         cluster=job.cluster,
         swept=[root / INDEX_PARTS, *(root / bucket.ratio for bucket in buckets)],
         count=count_rows,
+        units_per_worker=2,
     )
     return run, partial(_seal_images, root, config)
 
 
 def _text_run(job: Extract, config: TextFeatures) -> tuple[Run, Finish]:
-    root = Path(job.output) / config.set
+    root = location(job.output) / config.set
     require_kind("text.model", config.model, config.subfolder, "t5")
     decided: dict[str, Any] = {
         "schema": SCHEMA_VERSION,
@@ -103,7 +106,7 @@ def _text_run(job: Extract, config: TextFeatures) -> tuple[Run, Finish]:
     }
     units: list[Work] = [NullCaption()]
     if job.captions is not None:
-        files = caption_files(Path(job.captions.path), "captions.path")
+        files = caption_files(location(job.captions.path), "captions.path")
         require_columns(files, "captions.column", job.captions.column, need_key=True)
         units += files
         decided["captions"] = {"column": job.captions.column}
@@ -122,6 +125,7 @@ def _text_run(job: Extract, config: TextFeatures) -> tuple[Run, Finish]:
         cluster=job.cluster,
         swept=[root / INDEX_PARTS, root / TEXT_SHARDS],
         count=_count_texts,
+        units_per_worker=2,
     )
     return run, partial(_seal_texts, root, config)
 
@@ -137,7 +141,7 @@ def _seal_images(root: Path, config: ImageFeatures, records: list[Record]) -> No
         "resolution_px": config.resolution_px,
         "bucket": "nearest in log(height / width)",
         "resize": "cover, then centre crop",
-        "filter": RESIZE_FILTER,
+        "preparation": preparation(),
         "colour": "EXIF rotation, ICC to sRGB, alpha over white, 8-bit RGB",
     }
     shards = _shards(records)
@@ -160,7 +164,7 @@ def _seal_texts(root: Path, config: TextFeatures, records: list[Record]) -> None
 def _buckets(root: Path, records: list[Record]) -> Iterator[str]:
     parts = (file.path for record in records for file in record.files if file.path.startswith(f"{INDEX_PARTS}/"))
     for part in parts:
-        yield from filter(None, pq.read_table(root / part, columns=["bucket"])["bucket"].to_pylist())
+        yield from filter(None, read_table(root / part, columns=["bucket"])["bucket"].to_pylist())
 
 
 def _model(root: Path, records: list[Record]) -> dict[str, Any]:

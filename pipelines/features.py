@@ -1,7 +1,7 @@
 """The stages of `extract`: images to VAE posteriors and captions to T5 features, one unit after another."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,16 +9,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from pipelines.engine import Engine
 from pipelines.pictures import read_pictures
-from pipelines.pool import Report
+from pipelines.worker import Report
 from pixart_data.buckets import Bucket, bucket_table, nearest_bucket, place
 from pixart_data.captions import CaptionFile, CaptionRow, read_captions
-from pixart_data.commits import PublishedFile, Record, publish, publish_table, staging_path
+from pixart_data.commits import PublishedFile, Record, publish, publish_table, read_table
 from pixart_data.records import IMAGE_INDEX, TEXT_INDEX, Reason
 from pixart_data.sections import ImageFeatures, Source, TextFeatures
 from pixart_data.shards import INDEX_PARTS, ShardWriter
 from pixart_data.sources import Unit, read_samples
+from pixart_data.storage import staging_path
 
 if TYPE_CHECKING:
     from pixart_data.images import Decoded
@@ -48,8 +51,12 @@ class FeatureWriter:
         """Write a rejected row to the index."""
         self.rows.append({"key": key, "error": str(error), "detail": detail or None})
 
-    def finish(self, schema: pa.Schema | None) -> list[PublishedFile]:
-        """Publish the shards, then the index part (none without a schema), and return them all."""
+    def finish(self, schema: pa.Schema | None, before: Record | None = None) -> list[PublishedFile]:
+        """Publish the shards, then the index part (none without a schema), and return them all.
+
+        With a record, the rows written here take the places of those with the same keys in its index part; its shards
+        stay as they are.
+        """
         shards = {}
         for folder, writer in self._writers.items():
             writer.close()
@@ -58,6 +65,10 @@ class FeatureWriter:
             if "shard" in row:
                 row["shard"] = shards[row["shard"]].path
         files = list(shards.values())
+        if before is not None:
+            won = {row["key"]: row for row in self.rows}
+            self.rows = [won.get(row["key"], row) for row in read_part(self.root, before).to_pylist()]
+            files = [file for file in before.files if not _is_index_part(file)] + files
         if schema is not None:
             table = pa.Table.from_pylist(self.rows, schema=schema)
             files.append(publish_table(table, self.root, self.root / INDEX_PARTS, self.unit))
@@ -70,6 +81,22 @@ class FeatureWriter:
         return Record(self.unit, "", {}, len(self.rows), rows_out, dict(rejected), files, facts=facts)
 
 
+def read_part(root: Path, record: Record) -> pa.Table:
+    """Return the index part of a unit that is done."""
+    [part] = [file for file in record.files if _is_index_part(file)]
+    return read_table(root / part.path)
+
+
+def _is_index_part(file: PublishedFile) -> bool:
+    return file.path.startswith(f"{INDEX_PARTS}/")
+
+
+def rejected_keys(rows: pa.Table, reasons: Sequence[str]) -> set[str]:
+    """Return the keys of the rows that were rejected for one of `reasons`."""
+    rejected = rows.filter(pc.is_in(rows["error"], value_set=pa.array(reasons, pa.string())))
+    return set(rejected["key"].to_pylist())
+
+
 @dataclass
 class _Canvas:
     """Pictures of one bucket that wait for a full batch."""
@@ -80,21 +107,41 @@ class _Canvas:
 
 
 class ImageStage:
-    """VAE posteriors of one unit after another."""
+    """VAE posteriors of one unit after another.
 
-    def __init__(self, root: Path, source: Source, config: ImageFeatures) -> None:
+    `expected` is the image preparation that the driver put into the records.
+
+    Raises:
+        JobError: If images are prepared otherwise on this machine.
+    """
+
+    def __init__(
+        self, root: Path, source: Source, config: ImageFeatures, expected: str | None = None
+    ) -> None:
+        from pixart_data.canvases import require
         from pixart_data.encoders import ImageEncoder
 
+        if expected is not None:
+            require(expected)
         self.root, self.source, self.config = root, source, config
         self.buckets = bucket_table(config.resolution_px)
-        self.encoder = ImageEncoder(config)
+        self.encoder = Engine(ImageEncoder(config))
 
     def __call__(self, unit: Unit, report: Report) -> Record:
         """Write the unit's shards and index part and return its record."""
+        writer = self._write(unit, report)
+        return writer.record(writer.finish(IMAGE_INDEX), self.encoder.model.facts)
+
+    def retry(self, unit: Unit, reasons: Sequence[str], record: Record, report: Report) -> Record:
+        """Encode the images again that were rejected for one of `reasons`, into shards beside the unit's others."""
+        writer = self._write(unit, report, rejected_keys(read_part(self.root, record), reasons))
+        return writer.record(writer.finish(IMAGE_INDEX, record), self.encoder.model.facts)
+
+    def _write(self, unit: Unit, report: Report, keys: Set[str] | None = None) -> FeatureWriter:
         writer = FeatureWriter(self.root, unit.id, "moments", "F16")
         canvases: dict[str, _Canvas] = {}
         num_rejected = 0
-        pictures = read_pictures(unit, self.source, self.config.batch_size, then=self._place)
+        pictures = read_pictures(unit, self.source, self.config.batch_size, buckets=self.buckets, then=self._place)
         for count, picture in enumerate(pictures, 1):
             if picture.placed is None:
                 writer.reject(picture.sample.key, picture.error or Reason.NO_IMAGE, picture.detail)
@@ -109,11 +156,11 @@ class ImageStage:
             report(count, num_rejected)
         for canvas in canvases.values():
             self._encode(canvas, writer)
-        return writer.record(writer.finish(IMAGE_INDEX), self.encoder.facts)
+        return writer
 
     def _place(self, decoded: "Decoded") -> tuple[Bucket, npt.NDArray[np.uint8], dict[str, Any]]:
         """Fit a picture to its bucket; returns the bucket, the pixels (H, W, 3), and what the index says of it."""
-        from pixart_data.images import fit
+        from pixart_data.canvases import fit
 
         bucket = nearest_bucket(decoded.width_px, decoded.height_px, self.buckets)
         row = {
@@ -125,7 +172,7 @@ class ImageStage:
             **asdict(place(decoded.width_px, decoded.height_px, bucket)),
             "image_ops": decoded.ops,
         }
-        return bucket, fit(decoded.image, bucket), row
+        return bucket, fit(decoded, bucket), row
 
     def _encode(self, canvas: _Canvas, writer: FeatureWriter) -> None:
         if not canvas.rows:
@@ -155,16 +202,26 @@ class TextStage:
         from pixart_data.encoders import TextEncoder
 
         self.root, self.source, self.column = root, source, column
-        self.encoder = TextEncoder(config)
+        self.encoder = Engine(TextEncoder(config))
 
     def __call__(self, unit: Unit | CaptionFile | NullCaption, report: Report) -> Record:
         """Write the unit's shard and index part and return its record."""
-        writer = FeatureWriter(self.root, unit.id, "t5", "BF16")
         if isinstance(unit, NullCaption):
-            return self._null(writer)
+            return self._null(FeatureWriter(self.root, unit.id, "t5", "BF16"))
+        writer = self._write(unit, report)
+        return writer.record(writer.finish(TEXT_INDEX), self.encoder.model.facts)
+
+    def retry(self, unit: Unit | CaptionFile, reasons: Sequence[str], record: Record, report: Report) -> Record:
+        """Encode the captions again that were rejected for one of `reasons`, into a shard beside the unit's other."""
+        writer = self._write(unit, report, rejected_keys(read_part(self.root, record), reasons))
+        return writer.record(writer.finish(TEXT_INDEX, record), self.encoder.model.facts)
+
+    def _write(self, unit: Unit | CaptionFile, report: Report, keys: Set[str] | None = None) -> FeatureWriter:
+        writer = FeatureWriter(self.root, unit.id, "t5", "BF16")
         held: list[CaptionRow] = []
         num_rejected = 0
-        for count, row in enumerate(self._captions(unit), 1):
+        rows = (row for row in self._captions(unit) if keys is None or row.key in keys)
+        for count, row in enumerate(rows, 1):
             if row.error is not None or row.caption is None:
                 writer.reject(row.key, row.error or Reason.NO_CAPTION, row.detail)
                 num_rejected += 1
@@ -174,7 +231,7 @@ class TextStage:
                 self._encode(held, writer)
             report(count, num_rejected)
         self._encode(held, writer)
-        return writer.record(writer.finish(TEXT_INDEX), self.encoder.facts)
+        return writer
 
     def _captions(self, unit: Unit | CaptionFile) -> Iterator[CaptionRow]:
         if isinstance(unit, CaptionFile):
@@ -202,5 +259,5 @@ class TextStage:
         writer.add(TEXT_SHARDS, values, {"key": NULL_UNIT, "num_tokens": len(values)})
         [file] = writer.finish(schema=None)
         place = {name: writer.rows[0][name] for name in ("offset_bytes", "size_bytes", "crc32", "num_tokens")}
-        facts = {**self.encoder.facts, "null": {"path": file.path, **place}}
+        facts = {**self.encoder.model.facts, "null": {"path": file.path, **place}}
         return Record(writer.unit, "", {}, 0, 0, {}, [file], facts=facts)

@@ -1,7 +1,7 @@
 """Samples to pictures: decoded in threads while the model works on the ones before, in the order of the source."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
 
+from pixart_data.buckets import Bucket
 from pixart_data.records import Reason
 from pixart_data.sections import Source
 from pixart_data.sources import Sample, Unit, read_samples
@@ -36,17 +37,22 @@ def read_pictures(
     source: Source,
     batch_size: int,
     min_side_px: int | None = None,
+    buckets: Sequence[Bucket] = (),
     then: "Callable[[Decoded], Any] | None" = None,
+    keys: Set[str] | None = None,
 ) -> Iterator[Picture]:
     """Yield every sample of a unit, decoded.
 
     Args:
         batch_size: Two batches are decoded ahead.
         min_side_px: Lets JPEGs be decoded smaller, as long as both sides keep this many pixels.
+        buckets: Lets JPEGs be decoded smaller, as far as the bucket of each allows.
         then: Done in the same thread; its result goes into `Picture.placed`, and the decoded image is dropped.
+        keys: Only the samples with these.
     """
-    decode = partial(_decode, max_pixels=source.max_image_pixels, min_side_px=min_side_px, then=then)
-    return ahead(decode, read_samples(unit, source), _num_threads(), 2 * batch_size)
+    samples = (sample for sample in read_samples(unit, source) if keys is None or sample.key in keys)
+    sizes = {"max_pixels": source.max_image_pixels, "min_side_px": min_side_px, "buckets": buckets}
+    return ahead(partial(_decode, sizes=sizes, then=then), samples, _num_threads(), 2 * batch_size)
 
 
 def ahead(function: Callable[[T], R], items: Iterable[T], num_threads: int, depth: int) -> Iterator[R]:
@@ -72,16 +78,14 @@ def _num_threads() -> int:
     return max(2, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 2)))
 
 
-def _decode(
-    sample: Sample, max_pixels: int, min_side_px: int | None, then: "Callable[[Decoded], Any] | None"
-) -> Picture:
+def _decode(sample: Sample, sizes: dict[str, Any], then: "Callable[[Decoded], Any] | None") -> Picture:
     """A bad image becomes a reason, never an exception."""
     from pixart_data.images import ImageRejected, decode
 
     if sample.error is not None or sample.data is None:
         return Picture(sample, error=sample.error or Reason.NO_IMAGE, detail=sample.detail)
     try:
-        decoded = decode(sample.data, max_pixels=max_pixels, min_side_px=min_side_px)
+        decoded = decode(sample.data, **sizes)
     except ImageRejected as rejected:
         return Picture(sample, error=rejected.reason, detail=rejected.detail)
     return Picture(sample, decoded) if then is None else Picture(sample, placed=then(decoded))

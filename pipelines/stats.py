@@ -8,16 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from pipelines.config import CaptionSet, Stats
 from pipelines.driver import Account, Plan, Run, execute, make_plan
-from pipelines.pool import Report
+from pipelines.worker import Report
 from pixart_data.captions import CaptionFile, caption_files, count_captions, read_captions, require_columns
-from pixart_data.commits import Record, publish_table, write_atomic
+from pixart_data.commits import Record, publish_table, read_table
 from pixart_data.nouns import NounCounts, NounStats, build_tagger, count_nouns, find_tagger, summarise
 from pixart_data.records import SCHEMA_VERSION
 from pixart_data.reports import from_json, html_page, to_json
+from pixart_data.storage import location, read_bytes, write_atomic
 from pixart_data.units import encode_name
 from pixart_data.verification import REPORT
 
@@ -70,7 +69,7 @@ class StatsStage:
 
 def prepare(job: Stats, download: bool) -> Run:
     """Find the files of every set; the tagger is decided here, once for all workers."""
-    root = Path(job.output)
+    root = location(job.output)
     units = [unit for caption_set in job.sets for unit in _units(caption_set)]
     tagger = find_tagger(download=download, approximate=job.approximate)
     return Run(
@@ -107,12 +106,12 @@ def run(job: Stats) -> list[tuple[Run, Account]]:
 
 def read_stats(job: Stats) -> dict[str, NounStats]:
     """Return the figures of a finished job, a row for each set in the job's order."""
-    return from_json(json.loads((Path(job.output) / JSON_FILE).read_text(encoding="utf-8")))
+    return from_json(json.loads(read_bytes(location(job.output) / JSON_FILE)))
 
 
 def _units(caption_set: CaptionSet) -> Iterator[CountUnit]:
     name = encode_name(caption_set.name, max_length=60)
-    files = caption_files(Path(caption_set.path), f"sets.{caption_set.name}.path")
+    files = caption_files(location(caption_set.path), f"sets.{caption_set.name}.path")
     require_columns(files, f"sets.{caption_set.name}.column", caption_set.column, need_key=False)
     for file in files:
         yield CountUnit(f"{name}--{file.id}", caption_set.name, file, caption_set.column)
@@ -129,6 +128,6 @@ def _summaries(job: Stats, units: Any, records: Mapping[str, Record]) -> dict[st
     counts: dict[str, NounCounts] = {}
     for unit in units:
         [file] = records[unit.id].files
-        part = NounCounts.from_table(pq.read_table(Path(job.output) / file.path))
+        part = NounCounts.from_table(read_table(location(job.output) / file.path))
         counts[unit.set_name] = counts[unit.set_name].merge(part) if unit.set_name in counts else part
     return {name: summarise(count) for name, count in counts.items()}

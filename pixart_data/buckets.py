@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pixart_data.errors import ConfigError, DataError
 
 RESOLUTIONS_PX = (256, 512, 1024)
-RESIZE_FILTER = "bicubic"  # antialiased when shrinking; `images.fit` uses it and the manifest of an image set names it
 
 # (height, width) in sixteenths of the resolution, from the widest canvas to the tallest.
 _CELLS = (

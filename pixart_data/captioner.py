@@ -1,47 +1,43 @@
-"""Captions from any image-text model that transformers loads, in left-padded batches.
+"""The engine in this process: captions from any image-text model that transformers loads, in left-padded batches.
 
 The model is opaque: whatever its processor makes of a conversation goes to `generate` unchanged, because families
 differ in what they add (tile sizes, grids, packed pixels). Templates tokenize in one step; rendering to text first and
 tokenizing after puts the begin-of-sequence token twice. Continuous batching is not used: in transformers 5 it takes
-token ids only and answers, without an error, as if there were no image.
+token ids only and answers, without an error, as if there were no image. For the same reason a model is shown two
+pictures before it is believed to see, and every prompt has to be longer for its image.
 """
 
-from dataclasses import dataclass
+import functools
 from typing import Any
 
 import torch
 from PIL import Image
 
 from pixart_data import sections
+from pixart_data.batches import Halving
 from pixart_data.errors import ConfigError
 from pixart_data.models import loading, placement, provenance, require_weights
+from pixart_data.questions import Answers, Caption, NoCaption, ask, moderate, unasked
+from pixart_data.records import Reason
 
 SETTING = "captioner.model"
-_MAX_ASPECT = 16
-
-
-@dataclass(frozen=True)
-class Caption:
-    """One answer of the model. `finish_reason` is "stop" or, where max_new_tokens cut it off, "length"."""
-
-    text: str
-    prompt: str
-    finish_reason: str
-    num_prompt_tokens: int
-    num_tokens: int
+_CANARIES = ("red", "blue")
 
 
 class Captioner:
     """Describes images. Loading happens once, in the constructor.
 
     Raises:
-        ConfigError: If the model cannot be loaded or is not an image-text model.
+        ConfigError: If the model cannot be loaded, is not an image-text model, or does not see what it is shown.
     """
+
+    num_batches = 1
 
     def __init__(self, config: sections.Captioner) -> None:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         self.config = config
+        self.batch_size = config.batch_size
         self.placement = placement(config.device, config.dtype)
         with loading(SETTING, config.model):
             _allow_missing_torchvision()
@@ -60,44 +56,86 @@ class Captioner:
             **provenance(self.model.config, config.model, config.revision, None),
             "dtype": str(self.placement.dtype).removeprefix("torch."),
         }
+        self._describe = Halving(self._generate)
+        self._num_words = functools.lru_cache(maxsize=1024)(self._count_words)
+        self._require_sight()
 
-    def _special_tokens(self) -> set[str]:
-        """Return what must not stand in a prompt that a template surrounds: it would mean a second image, or an end."""
+    def _special_tokens(self) -> list[str]:
+        """Return what must not stand in a prompt that a template surrounds: it would mean a second image, or an end.
+
+        The longest come first, so that what is dropped from a raw caption does not depend on the run.
+        """
         added = self.tokenizer.added_tokens_decoder.values()
         special = {*self.tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
         special.add(str(getattr(self.processor, "image_token", None) or "<image>"))
-        for name in ("prompt", "prompt_with_caption") if getattr(self.processor, "chat_template", None) else ():
-            found = [token for token in special if token in (getattr(self.config, name) or "")]
+        prompts = {"prompt": self.config.prompt, "prompt_with_caption": self.config.prompt_with_caption or ""}
+        prompts |= {f"prompts.{name}": prompt for name, prompt in self.config.prompts.items()}
+        for name, prompt in prompts.items() if self._has_template else ():
+            found = [token for token in special if token in prompt]
             if found:
                 raise ConfigError(f"captioner.{name}: expected words, found {found[0]!r}, a token of the model")
-        return special
+        return sorted(special, key=lambda token: (-len(token), token))
+
+    @property
+    def _has_template(self) -> bool:
+        return bool(getattr(self.processor, "chat_template", None))
+
+    def _require_sight(self) -> None:
+        """Show the model a red and a blue picture: what it makes of them must differ, or it is blind."""
+        pictures = [Image.new("RGB", (64, 64), colour) for colour in _CANARIES]
+        with torch.inference_mode():
+            inputs = self._inputs(pictures, [self.config.prompt] * len(pictures))
+            output = self.model.generate(
+                **inputs,
+                do_sample=False,
+                max_new_tokens=1,
+                pad_token_id=self.tokenizer.pad_token_id,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        [logits] = output.logits  # (2, vocabulary)
+        if torch.equal(logits[0], logits[1]):
+            raise ConfigError(
+                f"{SETTING}: {self.config.model} answers the same to a red and to a blue picture; use an image-text "
+                "model, with the processor that belongs to it"
+            )
+
+    def prepare(self, image: Image.Image) -> Image.Image:
+        """Return the picture itself; the processor resizes it."""
+        return moderate(image)
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        """Add a column `answer` of `Caption`s to columns `image` (RGB, any size) and `raw_caption` (may be None)."""
-        prompts = [self.prompt(raw) for raw in batch["raw_caption"]]
-        return batch | {"answer": self.describe(batch["image"], prompts)}
+        """Add a column `answers` to the columns that `questions` names; `image` holds RGB pictures of any size.
 
-    def prompt(self, raw_caption: str | None) -> str:
-        """Return the words to ask with: the quoting prompt where there is a raw caption to quote.
-
-        Special tokens in a raw caption are dropped: `<image>` in it would stand for a second image.
+        One batch is generated for each column of captions; the pictures are decoded once for all.
         """
-        words = raw_caption or ""
-        for token in self._special:
-            words = words.replace(token, " ")
-        words = " ".join(words.split())
-        if self.config.prompt_with_caption and words:
-            return self.config.prompt_with_caption.replace("{caption}", words)
-        return self.config.prompt
+        if self.config.temperature > 0:
+            torch.manual_seed(batch["seed"][0])
+        answers: list[Answers] = [{} for _ in batch["image"]]
+        for name in self.config.questions:
+            prompts = [ask(self.config, name, raw, self._special) for raw in batch["raw_caption"]]
+            images = [image for image, prompt in zip(batch["image"], prompts, strict=True) if prompt is not None]
+            found = iter(self.describe(images, [prompt for prompt in prompts if prompt is not None]))
+            for row, prompt in zip(answers, prompts, strict=True):
+                row[name] = unasked() if prompt is None else self._checked(next(found))
+        return batch | {"answers": answers}
 
-    def seed(self, seed: int) -> None:
-        """Fix the sampling that follows; greedy decoding ignores it."""
-        torch.manual_seed(seed)
+    def _checked(self, caption: Caption) -> Caption | NoCaption:
+        num_words = self._num_words(caption.prompt) if self._has_template else 0
+        if (caption.num_prompt_tokens or 0) > num_words:
+            return caption
+        detail = f"the prompt has {caption.num_prompt_tokens} tokens with the image and {num_words} without"
+        return NoCaption(caption.prompt, Reason.IMAGE_UNSEEN, detail)
+
+    def describe(self, images: list[Image.Image], prompts: list[str]) -> list[Caption]:
+        """Return one caption for each image; they are generated as one batch, or as several where memory is short."""
+        rows = [(moderate(image), prompt) for image, prompt in zip(images, prompts, strict=True)]
+        return self._describe(rows) if rows else []
 
     @torch.inference_mode()
-    def describe(self, images: list[Image.Image], prompts: list[str]) -> list[Caption]:
-        """Return one caption for each image; they are generated as one batch."""
-        inputs = self._inputs([_moderate(image) for image in images], prompts)
+    def _generate(self, rows: list[tuple[Image.Image, str]]) -> list[Caption]:
+        images, prompts = [image for image, _ in rows], [prompt for _, prompt in rows]
+        inputs = self._inputs(images, prompts)
         sampling: dict[str, Any] = {"do_sample": False}
         if self.config.temperature > 0:
             sampling = {"do_sample": True, "temperature": self.config.temperature, "top_p": self.config.top_p}
@@ -116,8 +154,16 @@ class Captioner:
             self._caption(*fields) for fields in zip(answers, prompts, (int(n) for n in num_prompt_tokens), strict=True)
         ]
 
+    def _count_words(self, prompt: str) -> int:
+        """Return the tokens of a prompt that comes without an image."""
+        conversation = [{"role": "user", "content": [{"type": "text", "text": prompt}]}]
+        inputs = self.processor.apply_chat_template(
+            [conversation], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        return int(inputs["attention_mask"].sum())
+
     def _inputs(self, images: list[Image.Image], prompts: list[str]) -> Any:
-        if getattr(self.processor, "chat_template", None):
+        if self._has_template:
             conversations = [
                 [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": prompt}]}]
                 for image, prompt in zip(images, prompts, strict=True)
@@ -145,16 +191,6 @@ class Captioner:
         stopped = length < len(answer)
         text = self.tokenizer.decode(answer[:length], skip_special_tokens=True).strip()
         return Caption(text, prompt, "stop" if stopped else "length", num_prompt_tokens, length)
-
-
-def _moderate(image: Image.Image) -> Image.Image:
-    """Cut the centre out of a strip: processors resize the short side first, and a line would become a giant."""
-    longest_px = _MAX_ASPECT * min(image.size)
-    width, height = min(image.width, longest_px), min(image.height, longest_px)
-    if (width, height) == image.size:
-        return image
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
 
 
 def _allow_missing_torchvision() -> None:

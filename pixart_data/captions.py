@@ -14,9 +14,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pixart_data.commits import COMMITS, MANIFEST, Record, file_sha256, write_atomic
+from pixart_data.commits import COMMITS, MANIFEST, Record, file_sha256
 from pixart_data.errors import ConfigError, DataError
 from pixart_data.records import Reason
+from pixart_data.storage import is_remote, local_copy, location, read_bytes, remote_fingerprint, write_atomic
 from pixart_data.units import encode_name, storable
 
 FORMAT = "pixart-captions"
@@ -92,12 +93,12 @@ def caption_files(path: Path, setting: str) -> list[CaptionFile]:
         raise ConfigError(f"{setting}: no such file or folder: {path}; run `pixart caption` first, or check the path")
     if not files:
         raise ConfigError(f"{setting}: {path} holds no .parquet or .jsonl file; run `pixart caption` first")
-    return [unit for name, p in files for unit in _slices(name, p)]
+    return [unit for name, p in files for unit in slices(name, p, ROWS_PER_UNIT)]
 
 
 def _sealed_parts(root: Path) -> list[dict[str, Any]]:
     try:
-        manifest = json.loads((root / MANIFEST).read_text())
+        manifest = json.loads(read_bytes(root / MANIFEST))
     except FileNotFoundError:
         raise DataError(f"{root}: its captions are not finished; run `pixart caption` on it to the end") from None
     except ValueError as error:
@@ -110,13 +111,16 @@ def _sealed_parts(root: Path) -> list[dict[str, Any]]:
     return parts
 
 
-def _slices(name: str, path: Path) -> list[CaptionFile]:
-    """Cut a large file, so that several workers share it and a kill does not lose it all.
+def slices(name: str, path: Path, rows_per_unit: int) -> list[CaptionFile]:
+    """Cut a large Parquet or JSONL file, so that several workers share it and a kill does not lose it all.
 
     `~` numbers the slices: no encoded file name holds one, so that slices and files cannot share a name.
+
+    Raises:
+        DataError: If the file cannot be read.
     """
     base = _fingerprint(path)
-    cuts = _parquet_cuts(path) if path.suffix == ".parquet" else _jsonl_cuts(path)
+    cuts = (_parquet_cuts if path.suffix == ".parquet" else _jsonl_cuts)(path, rows_per_unit)
     if len(cuts) <= 1:
         return [CaptionFile(name, str(path), base)]
     return [
@@ -125,18 +129,18 @@ def _slices(name: str, path: Path) -> list[CaptionFile]:
     ]
 
 
-def _parquet_cuts(path: Path) -> list[tuple[int, int, int]]:
+def _parquet_cuts(path: Path, rows_per_unit: int) -> list[tuple[int, int, int]]:
     with _parquet(path) as table:
         num_rows = table.metadata.num_rows
-    return [(start, min(start + ROWS_PER_UNIT, num_rows), 0) for start in range(0, num_rows, ROWS_PER_UNIT)]
+    return [(start, min(start + rows_per_unit, num_rows), 0) for start in range(0, num_rows, rows_per_unit)]
 
 
-def _jsonl_cuts(path: Path) -> list[tuple[int, int, int]]:
+def _jsonl_cuts(path: Path, rows_per_unit: int) -> list[tuple[int, int, int]]:
     starts = []
     place = number = 0
-    with path.open("rb") as file:
+    with local_copy(path) as copy, copy.open("rb") as file:
         for number, line in enumerate(file):
-            if number % ROWS_PER_UNIT == 0:
+            if number % rows_per_unit == 0:
                 starts.append((number, place))
             place += len(line)
     if not starts:
@@ -154,10 +158,10 @@ def read_captions(file: CaptionFile, column: str, need_key: bool) -> Iterator[Ca
     Raises:
         DataError: If the file cannot be read.
     """
-    path = Path(file.path)
-    rows = _parquet_rows(file, column) if path.suffix == ".parquet" else _jsonl_rows(file)
+    path = location(file.path)
     seen: set[str] = set()
-    for place, row in rows:
+    for number, row in read_rows(file, ("key", column, "error")):
+        place = f"{'row' if path.suffix == '.parquet' else 'line'}-{number:06d}"
         if not isinstance(row, dict):
             yield CaptionRow(f"{path.stem}/{place}", None, Reason.BAD_ROW, row)
             continue
@@ -180,6 +184,18 @@ def read_captions(file: CaptionFile, column: str, need_key: bool) -> Iterator[Ca
         seen.add(key)
 
 
+def read_rows(file: CaptionFile, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """Yield the rows of a file or slice with their numbers in the file, from 0; blank lines of JSONL are left out.
+
+    A row comes with those of the columns that there are (of JSONL with all); a line that is no object is a text that
+    says what is wrong with it.
+
+    Raises:
+        DataError: If the file cannot be read.
+    """
+    yield from _parquet_rows(file, columns) if Path(file.path).suffix == ".parquet" else _jsonl_rows(file)
+
+
 def count_captions(file: CaptionFile) -> int:
     """Return the number of rows of a file or slice, for JSONL blank lines included.
 
@@ -189,32 +205,33 @@ def count_captions(file: CaptionFile) -> int:
     if file.stop >= 0:
         return file.stop - file.start
     if file.path.endswith(".parquet"):
-        with _parquet(Path(file.path)) as table:
+        with _parquet(location(file.path)) as table:
             return int(table.metadata.num_rows)
-    with Path(file.path).open("rb") as lines:
+    with local_copy(location(file.path)) as copy, copy.open("rb") as lines:
         return sum(bool(line.strip()) for line in lines)
 
 
 @contextlib.contextmanager
 def _parquet(path: Path) -> Iterator[pq.ParquetFile]:
     try:
-        with pq.ParquetFile(path) as file:
+        with local_copy(path) as copy, pq.ParquetFile(copy) as file:
             yield file
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: cannot be read as Parquet: {error}") from error
 
 
-def _parquet_rows(part: CaptionFile, column: str) -> Iterator[tuple[str, dict[str, Any] | str]]:
-    path = Path(part.path)
-    with _parquet(path) as file:
+def _parquet_rows(part: CaptionFile, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    with _parquet(location(part.path)) as file:
         names = file.schema_arrow.names
         stop = part.stop if part.stop >= 0 else file.metadata.num_rows
-        groups, first = _row_groups(file.metadata, part.start, stop)
-        wanted = [name for name in ("key", column, "error") if name in names]
-        batches = file.iter_batches(_ROWS_PER_READ, row_groups=groups, columns=wanted)
-        rows = (row for batch in batches for row in batch.to_pylist())
-        for number, row in enumerate(itertools.islice(rows, part.start - first, stop - first), part.start):
-            yield f"row-{number:06d}", row
+        groups, number = _row_groups(file.metadata, part.start, stop)
+        wanted = [name for name in columns if name in names]
+        for batch in file.iter_batches(_ROWS_PER_READ, row_groups=groups, columns=wanted):
+            skipped = min(max(part.start - number, 0), batch.num_rows)  # of a row group that holds several slices
+            number += skipped
+            for row in batch.slice(skipped, max(stop - number, 0)).to_pylist():
+                yield number, row
+                number += 1
 
 
 def _row_groups(metadata: pq.FileMetaData, start: int, stop: int) -> tuple[list[int], int]:
@@ -225,17 +242,16 @@ def _row_groups(metadata: pq.FileMetaData, start: int, stop: int) -> tuple[list[
     return groups, begins[groups[0]] if groups else start
 
 
-def _jsonl_rows(part: CaptionFile) -> Iterator[tuple[str, dict[str, Any] | str]]:
-    """Yield each line with its place: the row, or what is wrong with it."""
-    path = Path(part.path)
-    with path.open("rb") as file:
+def _jsonl_rows(part: CaptionFile) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    path = location(part.path)
+    with local_copy(path) as copy, copy.open("rb") as file:
         file.seek(part.first_byte)
         lines = file if part.stop < 0 else itertools.islice(file, part.stop - part.start)
         for number, line in enumerate(lines, part.start):
             row = _parse(line)
             if row is None:
                 continue
-            yield f"line-{number:06d}", row
+            yield number, row
 
 
 def _parse(line: bytes) -> dict[str, Any] | str | None:
@@ -257,7 +273,8 @@ def require_columns(files: Sequence[CaptionFile], setting: str, column: str, nee
         ConfigError: If one is missing, naming the file and what it holds.
         DataError: If a file cannot be read.
     """
-    for path in dict.fromkeys(Path(file.path) for file in files):
+    paths = list(dict.fromkeys(file.path for file in files))
+    for path in map(location, paths[:1] if "://" in "".join(paths[:1]) else paths):  # of a store, one has to do
         names = _first_names(path)
         for name in (column, "key") if need_key else (column,):
             if names is not None and name not in names:
@@ -269,13 +286,15 @@ def _first_names(path: Path) -> list[str] | None:
     if path.suffix == ".parquet":
         with _parquet(path) as table:
             return list(table.schema_arrow.names)
-    with path.open("rb") as lines:
+    with local_copy(path) as copy, copy.open("rb") as lines:
         rows = (_parse(line) for line in lines)
         first = next((row for row in rows if isinstance(row, dict)), None)
     return None if first is None else list(first)
 
 
 def _fingerprint(path: Path) -> str:
+    if is_remote(path):
+        return remote_fingerprint(path)
     size_bytes = path.stat().st_size
     if size_bytes < 1 << 26:
         return file_sha256(path)

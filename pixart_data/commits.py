@@ -2,19 +2,15 @@
 
 A unit writes its files under temporary names, flushes them, and publishes them under names that carry a digest of
 their content, so that two attempts at one unit either write the same file or two different ones, never half of each.
-The record `commits/<unit>.json` is written last, by the one driver that holds the output's lock. What no record names
-is a leftover of a kill and is swept. Readers start from records and never from a directory listing.
+The record `commits/<unit>.json` is written last, by the one driver that holds the output's lease, and only if there is
+none. What no record names is a leftover of a kill and is swept. Readers start from records and never from a directory
+listing. Records hold nothing that another run of the same job would not write again: no times, no names of machines.
 """
 
-import contextlib
-import errno
-import fcntl
 import hashlib
 import json
-import os
 import re
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,10 +19,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pixart_data.errors import DataError, JobError
+from pixart_data.storage import (
+    TEMPORARY,
+    delete,
+    list_files,
+    local_copy,
+    read_bytes,
+    read_many,
+    replace_file,
+    staging_path,
+    storage,
+    write_atomic,
+    write_new,
+)
 
 COMMITS = "commits"
 MANIFEST = "manifest.json"  # of a finished output: says which files make it up
-_TEMPORARY = ".tmp-"
 _PUBLISHED = re.compile(r".+-[0-9a-f]{8}\.(tar|parquet)")
 
 
@@ -58,7 +66,6 @@ class Record:
     rejected: dict[str, int]
     files: list[PublishedFile]
     facts: dict[str, Any] = field(default_factory=dict)
-    seconds: float = 0.0
 
     def __post_init__(self) -> None:
         lost = self.rows_in - self.rows_out - sum(self.rejected.values())
@@ -66,66 +73,8 @@ class Record:
             raise DataError(f"unit {self.unit}: {lost} of {self.rows_in} rows unaccounted for; please report this")
 
 
-@contextlib.contextmanager
-def storage(path: Path | str) -> Iterator[None]:
-    """Turn an operating-system failure to write `path` into one clear line.
-
-    Raises:
-        JobError: For a full disk, missing permission, a read-only or failing file system.
-    """
-    try:
-        yield
-    except OSError as error:
-        reasons = {
-            errno.ENOSPC: "the disk is full; free space or choose another output, then run the same command again",
-            errno.EDQUOT: "the quota is used up; free space, then run the same command again",
-            errno.EACCES: "permission denied; choose an output you may write to",
-            errno.EPERM: "permission denied; choose an output you may write to",
-            errno.EROFS: "the file system is read-only; choose another output",
-            errno.EEXIST: "it is a file; choose another output",
-            errno.ENOTDIR: "a part of the path is a file; choose another output",
-        }
-        what = reasons.get(error.errno or 0, f"{error.strerror or error}; check the storage, then run again")
-        raise JobError(f"{path}: cannot write: {what}") from error
-
-
-def make_dir(path: Path) -> Path:
-    """Create a directory with its parents and return it; raises JobError where that is impossible."""
-    with storage(path):
-        path.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a small file so that a reader sees the old or the new content, never a part."""
-    make_dir(path.parent)
-    with storage(path):
-        handle, name = tempfile.mkstemp(prefix=_TEMPORARY, dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(name, 0o644)
-            os.replace(name, path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
-        sync_dir(path.parent)
-
-
-def staging_path(directory: Path, name: str) -> Path:
-    """Return a fresh temporary path in `directory` for a file that `publish` will rename."""
-    make_dir(directory)
-    with storage(directory):
-        handle, path = tempfile.mkstemp(prefix=_TEMPORARY, suffix=f"-{name[-80:]}", dir=directory)
-        os.close(handle)
-        os.chmod(path, 0o644)
-    return Path(path)
-
-
 def publish(staged: Path, root: Path, directory: Path, unit: str, suffix: str) -> PublishedFile:
-    """Flush a staged file and rename it to `<unit>-<first 8 hex of its sha256><suffix>` in `directory`.
+    """Put a staged file in place as `<unit>-<first 8 hex of its sha256><suffix>` in `directory`, flushed.
 
     Same content, same name: publishing twice is harmless. Returns the file as a record names it, relative to `root`.
     """
@@ -137,15 +86,6 @@ def publish(staged: Path, root: Path, directory: Path, unit: str, suffix: str) -
     return PublishedFile(path.relative_to(root).as_posix(), size_bytes, sha256)
 
 
-def replace_file(staged: Path, path: Path) -> None:
-    """Flush a staged file and rename it to `path`, replacing what is there."""
-    with storage(path):
-        with staged.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(staged, path)
-        sync_dir(path.parent)
-
-
 def publish_table(table: pa.Table, root: Path, directory: Path, unit: str) -> PublishedFile:
     """Write a table as Parquet and publish it."""
     staged = staging_path(directory, f"{unit}.parquet")
@@ -154,16 +94,34 @@ def publish_table(table: pa.Table, root: Path, directory: Path, unit: str) -> Pu
     return publish(staged, root, directory, unit, ".parquet")
 
 
+def read_table(path: Path, **options: Any) -> pa.Table:
+    """Return a Parquet table from any storage; `options` are those of `pyarrow.parquet.read_table`."""
+    with local_copy(path) as copy:
+        return pq.read_table(copy, **options)
+
+
 def file_sha256(path: Path) -> str:
     """Return the sha256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_record(root: Path, record: Record) -> None:
-    """Make a unit done: write its record, replacing an earlier one."""
-    text = json.dumps(asdict(record), indent=1, sort_keys=True)
-    write_atomic(root / COMMITS / f"{record.unit}.json", text.encode())
+def write_record(root: Path, record: Record, replaces: bool = True) -> None:
+    """Make a unit done: write its record.
+
+    Args:
+        replaces: Whether an earlier record may be there. Without, the store itself makes sure that only one run
+            commits a unit.
+
+    Raises:
+        JobError: If another run has committed the unit meanwhile.
+    """
+    path = root / COMMITS / f"{record.unit}.json"
+    data = json.dumps(asdict(record), indent=1, sort_keys=True).encode()
+    if replaces:
+        write_atomic(path, data)
+    elif not write_new(path, data) and read_bytes(path) != data:
+        raise JobError(f"{path}: another run has committed this unit; let one run at a time write to {root}")
 
 
 def read_records(root: Path) -> dict[str, Record]:
@@ -173,11 +131,11 @@ def read_records(root: Path) -> dict[str, Record]:
         DataError: If a record cannot be read, naming its file.
     """
     records = {}
-    for path in sorted((root / COMMITS).glob("*.json")):
-        if path.name.startswith("."):
-            continue
+    paths = [path for path in list_files(root / COMMITS) if path.suffix == ".json" and not path.name.startswith(".")]
+    for path, text in zip(paths, read_many(paths), strict=True):
         try:
-            fields = json.loads(path.read_text())
+            fields = json.loads(text)
+            fields.pop("seconds", None)  # of records before they were made the same for every run
             fields["files"] = [PublishedFile(**file) for file in fields["files"]]
             record = Record(**fields)
         except (ValueError, TypeError, KeyError, AttributeError, DataError) as error:
@@ -186,53 +144,29 @@ def read_records(root: Path) -> dict[str, Record]:
     return records
 
 
+def has_records(root: Path) -> bool:
+    """Tell whether anything was committed under `root`."""
+    return bool(list_files(root / COMMITS))
+
+
 def sweep(root: Path, directories: Iterable[Path]) -> int:
     """Delete what no record names: temporary files, and published files of attempts that never committed.
 
     Only temporary files are deleted in `root` itself and beside the records. In `directories`, which hold nothing but
     published files, so are files that are named as `publish` names them. Only call this while holding
-    `output_lock(root)`.
+    `leases.output_lock(root)`.
 
     Returns:
         The number of files deleted.
     """
-    named = {root / file.path for record in read_records(root).values() for file in record.files}
-    leftovers = [path for directory in (root, root / COMMITS) for path in directory.glob(f"{_TEMPORARY}*")]
+    named = {file.path for record in read_records(root).values() for file in record.files}
+    leftovers = [path for directory in (root, root / COMMITS) for path in list_files(directory) if _is_temporary(path)]
     for directory in directories:
-        leftovers += directory.glob(f"{_TEMPORARY}*")
-        leftovers += (p for p in directory.glob("*") if _PUBLISHED.fullmatch(p.name) and p not in named)
-    for path in leftovers:
-        path.unlink(missing_ok=True)
-    return len(leftovers)
+        found = list_files(directory)
+        leftovers += (p for p in found if _is_temporary(p))
+        leftovers += (p for p in found if _PUBLISHED.fullmatch(p.name) and p.relative_to(root).as_posix() not in named)
+    return delete(leftovers)
 
 
-@contextlib.contextmanager
-def output_lock(root: Path) -> Iterator[None]:
-    """Hold an output directory for one run; the operating system lets go of it when the process dies.
-
-    Raises:
-        JobError: If another run holds it.
-    """
-    make_dir(root)
-    path = root / ".lock"
-    with storage(path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise JobError(f"{path}: cannot be locked: {error.strerror}") from error
-            raise JobError(f"{root}: another run is writing here; wait for it, or choose another output") from None
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def sync_dir(directory: Path) -> None:
-    """Flush a directory, so that a rename in it survives a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _is_temporary(path: Path) -> bool:
+    return path.name.startswith(TEMPORARY)

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from pixart_data import sections
+from pixart_data.batches import Halving
 from pixart_data.errors import ConfigError
 from pixart_data.models import loading, placement, provenance, require_weights
 from pixart_data.texts import clean
@@ -43,6 +44,7 @@ class ImageEncoder:
             )
             require_weights(info)
         self.vae.to(self.placement.device).eval()
+        self._moments = Halving(self._encode)
         factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         if factor != DOWNSAMPLING:
             raise ConfigError(f"{setting}: expected a VAE that downsamples by 8, {config.model} does by {factor}")
@@ -58,11 +60,14 @@ class ImageEncoder:
     @torch.inference_mode()
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Add `moments`, F16 (B, 2, C, h, w): posterior mean and std, unscaled, to `pixels`, uint8 (B, H, W, 3)."""
-        pixels = torch.from_numpy(np.ascontiguousarray(batch["pixels"])).to(self.placement.device)
+        return batch | {"moments": np.stack(self._moments(batch["pixels"]))}
+
+    def _encode(self, images: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.float16]]:
+        pixels = torch.from_numpy(np.ascontiguousarray(images)).to(self.placement.device)
         x = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1.0  # (B, 3, H, W); in bf16 this would err by half a level
         posterior = self.vae.encode(x.to(self.placement.dtype)).latent_dist
         moments = torch.stack([posterior.mean, posterior.std], dim=1)  # (B, 2, C, h, w)
-        return batch | {"moments": moments.to(torch.float16).cpu().numpy()}
+        return list(moments.to(torch.float16).cpu().numpy())
 
     @torch.inference_mode()
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
@@ -101,6 +106,7 @@ class TextEncoder:
             )
             require_weights(info)
         self.model.to(self.placement.device).eval()
+        self._features = Halving(self._encode_batch, weigh=lambda rows: len(rows) * len(rows[-1]))
         self.facts = {
             **provenance(self.model.config, config.model, config.revision, config.subfolder),
             "tokenizer_subfolder": config.tokenizer_subfolder,
@@ -137,15 +143,18 @@ class TextEncoder:
         order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
         while order:
             batch = self._take(order, rows)
-            length = len(rows[batch[-1]])
-            pad = self.tokenizer.pad_token_id or 0
-            ids = torch.tensor([rows[i] + [pad] * (length - len(rows[i])) for i in batch])  # (B, L)
-            mask = torch.tensor([[1] * len(rows[i]) + [0] * (length - len(rows[i])) for i in batch])  # (B, L)
-            device = self.placement.device
-            states = self.model(ids.to(device), attention_mask=mask.to(device)).last_hidden_state  # (B, L, D)
-            for i, state in zip(batch, states.to(torch.bfloat16).cpu(), strict=True):
-                features[i] = state[: len(rows[i])]
+            for i, feature in zip(batch, self._features([rows[i] for i in batch]), strict=True):
+                features[i] = feature
         return [feature for feature in features if feature is not None]
+
+    def _encode_batch(self, rows: list[list[int]]) -> list[torch.Tensor]:
+        length = len(rows[-1])  # the longest
+        pad = self.tokenizer.pad_token_id or 0
+        ids = torch.tensor([row + [pad] * (length - len(row)) for row in rows])  # (B, L)
+        mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])  # (B, L)
+        device = self.placement.device
+        states = self.model(ids.to(device), attention_mask=mask.to(device)).last_hidden_state  # (B, L, D)
+        return [state[: len(row)] for row, state in zip(rows, states.to(torch.bfloat16).cpu(), strict=True)]
 
     def _take(self, order: list[int], rows: list[list[int]]) -> list[int]:
         """Remove the next batch from `order` (sorted by length): as many rows as fit `batch_tokens`, at least one."""

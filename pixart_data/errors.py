@@ -3,7 +3,8 @@
 PixArtError
 ├── ConfigError  exit 2: a job file, a flag or a model id is wrong; nothing was done
 ├── DataError    exit 3: the input or a dataset on disk is not what it says it is
-└── JobError     exit 4: the machine or the cluster failed: storage, workers, a lock held by another run
+└── JobError     exit 4: the machine or the cluster failed: storage, workers, a lease held by another run
+    └── TransientError      of a kind that may pass: a unit that meets it is tried again, after a pause
 
 Every message reads `where: what was expected, what was found; what to do`. Anything else that escapes is a bug
 (exit 1, with its traceback). Each class takes one string, so that errors survive pickling between processes.
@@ -32,3 +33,7 @@ class JobError(PixArtError):
     """The job could not go on: storage failed, a worker kept dying, or another run holds the output."""
 
     exit_code = 4
+
+
+class TransientError(JobError):
+    """Storage or a server failed for a while, after it was waited for; another attempt later may succeed."""

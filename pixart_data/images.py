@@ -1,4 +1,4 @@
-"""Compressed bytes to RGB pixels, and pixels to a bucket's canvas.
+"""Compressed bytes to RGB pixels.
 
 `decode` is the one place where a bad image is told from a good one: the header is checked before any pixel is
 decoded, and whatever is wrong comes out as `ImageRejected` with a reason. What was done to a good image on its way
@@ -9,6 +9,7 @@ import functools
 import struct
 import warnings
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any
@@ -17,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 
-from pixart_data.buckets import RESIZE_FILTER, Bucket, place
+from pixart_data import jpegs
+from pixart_data.buckets import Bucket
 from pixart_data.records import Reason
 
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
@@ -83,22 +85,43 @@ class ImageRejected(Exception):
 
 @dataclass
 class Decoded:
-    """A decoded image.
+    """A decoded image: 8-bit sRGB, upright; smaller than the original if it was shrunk while decoding.
 
     Attributes:
-        image: 8-bit sRGB, upright; smaller than the original if it was shrunk while decoding.
+        content: As it came out of the decoder, or of what was done after it: an array (H, W, 3), or a picture. `image`
+            and `pixels` give either as the other.
         width_px: Of the original, after the EXIF rotation.
         height_px: Of the original, after the EXIF rotation.
         ops: What was done, comma-separated, in order: `draft<n>` (shrunk n times), `exif<n>` (orientation undone),
             `frame0` (first of several), `16bit`, `float`, `palette`, `grey`, `1bit`, `cmyk`, `lab`, `mode:<X>` (another
             mode converted), `icc` (profile applied), `icc-ignored` (profile broken or of another colour space),
             `alpha` (composited on white). Empty for a plain RGB image.
+        box: Left, top, right, bottom of what the original covers of the image, in pixels of the image; less than all
+            of it where a side of the original is no multiple of what it was shrunk by.
     """
 
-    image: Image.Image
+    content: Image.Image | NDArray[np.uint8]
     width_px: int
     height_px: int
     ops: str
+    box: tuple[float, float, float, float]
+
+    @functools.cached_property
+    def image(self) -> Image.Image:
+        """The picture, of mode RGB."""
+        return self.content if isinstance(self.content, Image.Image) else Image.fromarray(self.content)
+
+    @property
+    def pixels(self) -> NDArray[np.uint8]:
+        """The pixels (H, W, 3), writable."""
+        return np.array(self.content) if isinstance(self.content, Image.Image) else self.content
+
+
+@dataclass(frozen=True)
+class _Limits:
+    max_pixels: int
+    min_side_px: int | None
+    buckets: Sequence[Bucket]
 
 
 @dataclass
@@ -107,12 +130,14 @@ class _Work:
     ops: list[str] = field(default_factory=list)
 
 
-def decode(data: bytes, *, max_pixels: int, min_side_px: int | None = None) -> Decoded:
+def decode(data: bytes, *, max_pixels: int, min_side_px: int | None = None, buckets: Sequence[Bucket] = ()) -> Decoded:
     """Decode an image to upright 8-bit sRGB on white.
 
     Args:
         max_pixels: Images whose header claims more are rejected before anything is allocated for them.
         min_side_px: Lets JPEGs be shrunk by 2, 4 or 8 while decoding, as long as both sides stay at least this long.
+        buckets: Lets JPEGs be shrunk as far as resizing them to the nearest of these allows, see `jpegs.least_size`;
+            `min_side_px` is not looked at then.
 
     Raises:
         ImageRejected: With the reason and a detail; nothing else is raised for bad bytes.
@@ -123,34 +148,11 @@ def decode(data: bytes, *, max_pixels: int, min_side_px: int | None = None) -> D
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"PIL\.")
             with _open(data) as opened:
-                return _convert(opened, max_pixels, min_side_px)
+                return _convert(data, opened, _Limits(max_pixels, min_side_px, buckets))
     except _DAMAGED as error:
         raise ImageRejected(Reason.TRUNCATED_IMAGE, f"damaged {_kind(data)}, {len(data)} bytes: {error}") from error
     except MemoryError as error:
         raise ImageRejected(Reason.TOO_LARGE, f"{_kind(data)}, {len(data)} bytes: out of memory") from error
-
-
-def fit(image: Image.Image, bucket: Bucket) -> NDArray[np.uint8]:
-    """Resize to cover a bucket and cut its centre, as `buckets.place` says.
-
-    One pass of `buckets.RESIZE_FILTER` over exactly the pixels that the crop keeps, widened by the scale when
-    shrinking (antialiased): the same as resizing everything and then cropping, at less cost.
-
-    Returns:
-        Pixels (H, W, 3) of the bucket's height and width.
-    """
-    placement = place(image.width, image.height, bucket)
-    scale_x = image.width / placement.resized_width_px
-    scale_y = image.height / placement.resized_height_px
-    left, top = placement.crop_left_px, placement.crop_top_px
-    box = (
-        left * scale_x,
-        top * scale_y,
-        min((left + bucket.width_px) * scale_x, image.width),
-        min((top + bucket.height_px) * scale_y, image.height),
-    )
-    size = (bucket.width_px, bucket.height_px)
-    return np.array(image.resize(size, Image.Resampling[RESIZE_FILTER.upper()], box=box, reducing_gap=None))
 
 
 @functools.cache
@@ -174,26 +176,30 @@ def _open(data: bytes) -> Image.Image:
         raise ImageRejected(Reason.NOT_AN_IMAGE, detail) from None
 
 
-def _convert(opened: Image.Image, max_pixels: int, min_side_px: int | None) -> Decoded:
+def _convert(data: bytes, opened: Image.Image, limits: _Limits) -> Decoded:
     width_px, height_px = opened.size
-    if width_px * height_px > max_pixels:
-        detail = f"{width_px} x {height_px} pixels, more than {max_pixels}"
+    if width_px * height_px > limits.max_pixels:
+        detail = f"{width_px} x {height_px} pixels, more than {limits.max_pixels}"
         raise ImageRejected(Reason.TOO_LARGE, detail)
-    work = _Work(opened)
     bits = _tag(opened, _TIFF_BITS)
     orientation = _tag(opened, _ORIENTATION)  # pillow turns TIFFs upright itself, header size included
-    if min_side_px and opened.format in ("JPEG", "MPO"):
-        opened.draft(None, (min_side_px, min_side_px))
-        if opened.size != (width_px, height_px):
-            work.ops.append(f"draft{round(width_px / opened.width)}")
+    divisor = _divisor(opened, limits)
     several = _has_several_frames(opened)
-    opened.load()
+    ops = [f"draft{divisor}"] if divisor > 1 else []
+    pixels = jpegs.decode(data, opened, divisor)
+    if pixels is None:
+        jpegs.shrink(opened, divisor)
+        opened.load()
+    elif _is_plain(opened):
+        box = jpegs.box((width_px, height_px), divisor, orientation)
+        return Decoded(pixels, width_px, height_px, ",".join(ops), box)
+    work = _Work(opened if pixels is None else Image.fromarray(pixels), ops)
     if orientation in _TRANSPOSES:
         work.ops.append(f"exif{orientation}")
     else:
         orientation = _exif_orientation(opened)
         if orientation in _TRANSPOSES:
-            work.image = opened.transpose(_TRANSPOSES[orientation])
+            work.image = work.image.transpose(_TRANSPOSES[orientation])
             work.ops.append(f"exif{orientation}")
             if orientation >= 5:
                 width_px, height_px = height_px, width_px
@@ -203,7 +209,24 @@ def _convert(opened: Image.Image, max_pixels: int, min_side_px: int | None) -> D
     _to_eight_bits(work, bits)
     _to_rgb(work, profile if isinstance(profile, bytes) else b"")
     work.image.info.clear()  # whoever saves it must not embed the profile that was applied
-    return Decoded(work.image, width_px, height_px, ",".join(work.ops))
+    box = jpegs.box((width_px, height_px), divisor, orientation)
+    return Decoded(work.image, width_px, height_px, ",".join(work.ops), box)
+
+
+def _is_plain(opened: Image.Image) -> bool:
+    """Say whether the pixels of a JPEG are upright sRGB as they come out of the decoder."""
+    return opened.mode == "RGB" and "icc_profile" not in opened.info and _exif_orientation(opened) not in _TRANSPOSES
+
+
+def _divisor(opened: Image.Image, limits: _Limits) -> int:
+    """Return by how much the image is to be shrunk while it is decoded."""
+    if opened.format not in ("JPEG", "MPO"):
+        return 1
+    if not limits.buckets:
+        return jpegs.divisor(opened.size, (limits.min_side_px,) * 2) if limits.min_side_px else 1
+    turned = _exif_orientation(opened) >= 5
+    width_px, height_px = jpegs.least_size(opened.size[::-1] if turned else opened.size, limits.buckets)
+    return jpegs.divisor(opened.size, (height_px, width_px) if turned else (width_px, height_px))
 
 
 # Header

@@ -1,8 +1,8 @@
 """Lists of image paths: JSONL, Parquet, and one JSON list such as the reference's `data_info.json`.
 
-A row names its image by a path, absolute or relative to the list's folder, with an optional caption and an optional
-`key` to be named by. The file is read once in full to find the slices and the paths that repeat; a slice then reads
-only its own part.
+A row names its image by a path, absolute or relative to the list's folder, or by the URL of an object store, with an
+optional caption and an optional `key` to be named by. The file is read once in full to find the slices and the paths
+that repeat; a slice then reads only its own part.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ import re
 from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,13 +20,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pixart_data.errors import ConfigError, DataError
+from pixart_data.places import Place
 from pixart_data.records import Reason
 from pixart_data.sections import Source
+from pixart_data.stores import OBJECT_STORES, is_url, join, open_file, patiently, read_ahead, unreadable
 from pixart_data.units import (
     Sample,
     Unit,
     encode_path,
-    fingerprint,
     is_image,
     load_sample,
     rejected,
@@ -64,7 +66,7 @@ class _Survey:
     columns: dict[str, None] = field(default_factory=dict)
 
 
-def find_list(path: str, name: str, source: Source) -> list[Unit]:
+def find_list(path: str, name: str, source: Source, place: Place) -> list[Unit]:
     """Cut a list into units.
 
     Raises:
@@ -76,7 +78,7 @@ def find_list(path: str, name: str, source: Source) -> list[Unit]:
     num_rows = len(survey.numbers)
     if not num_rows:
         raise ConfigError(f"source.paths: expected rows in {path}, found none; remove it from the job")
-    content, repeats = fingerprint(path), _repeats(survey.names)
+    content, repeats = place.fingerprint(path), _repeats(survey.names)
     units = []
     for number, start in enumerate(range(0, num_rows, source.rows_per_unit)):
         stop = min(start + source.rows_per_unit, num_rows)
@@ -105,21 +107,22 @@ def read_list(unit: Unit, source: Source, with_images: bool) -> Iterator[Sample]
     Raises:
         DataError: If the list is no longer what `find_list` saw.
     """
+    entries = [_entry(row, source, _row_word(unit.path)) for row in _slice(unit, source)]
+    if len(entries) != unit.num_rows:
+        found = len(entries)
+        raise DataError(f"{unit.path}: expected {unit.num_rows} rows, found {found}; it changed: run the job again")
     repeats = dict(unit.repeats)
     folder = os.path.dirname(unit.path)
-    row_word = _row_word(unit.path)
-    count = 0
-    for index, row in enumerate(_slice(unit, source)):
-        entry = _entry(row, source, row_word)
-        again = f"~{repeats[index]}" if index in repeats else ""
-        key = f"{unit.name}/{entry.name}{again}"
+
+    def load(numbered: tuple[int, _Entry]) -> Sample:
+        index, entry = numbered
+        key = f"{unit.name}/{entry.name}" + (f"~{repeats[index]}" if index in repeats else "")
         if entry.problem:
-            yield rejected(key, Reason.BAD_ROW, f"{row_word} {row.number}: {entry.problem}", entry.caption)
-        else:
-            yield load_sample(key, os.path.join(folder, entry.path), entry.caption, with_images)
-        count += 1
-    if count != unit.num_rows:
-        raise DataError(f"{unit.path}: expected {unit.num_rows} rows, found {count}; it changed: run the job again")
+            return rejected(key, Reason.BAD_ROW, entry.problem, entry.caption)
+        return load_sample(key, join(folder, entry.path), entry.caption, with_images)
+
+    remote = is_url(unit.path) or any(is_url(entry.path) for entry in entries)
+    yield from read_ahead(load, enumerate(entries), remote and with_images)
 
 
 def _row_word(path: str) -> str:
@@ -128,30 +131,50 @@ def _row_word(path: str) -> str:
 
 def _entry(row: _Row, source: Source, row_word: str) -> _Entry:
     """Tell what a row means; its name is encoded, but not yet unique."""
+    where = f"{row_word} {row.number}"
     fallback = f"{row_word}-{row.number:06d}"
     if isinstance(row.content, str):
-        return _Entry(fallback, "", None, row.content)
+        return _Entry(fallback, "", None, f"{where}: {row.content}")
     path, caption, key = (row.content.get(name) for name in (source.path_column, source.caption_column, "key"))
     name = ""
     if isinstance(key, int) or (isinstance(key, str) and key):
         name = encode_path(str(key))
     elif isinstance(path, str) and path:
-        name = encode_path(split_extension(path)[0] if is_image(path) else path)
+        inside = _inside(path)
+        name = encode_path(split_extension(inside)[0] if is_image(inside) else inside)
     text = storable(caption).strip() if isinstance(caption, str) else None
     problem = ""
     if not isinstance(path, str) or not path:
-        problem = f"{source.path_column}: expected a path, found {path!r:.80}"
-    elif "://" in path:
-        problem = f"{path:.200}: a remote address; download the images first, with img2dataset for instance"
+        problem = f"{where}: {source.path_column}: expected a path, found {path!r:.80}"
+    elif is_url(path) and not _is_object(path):
+        problem = f"{where}: {path:.200}: a remote address; download the images first, with `pixart fetch`"
     elif caption is not None and text is None:
-        problem = f"{source.caption_column}: expected a text, found {caption!r:.80}"
+        problem = f"{where}: {source.caption_column}: expected a text, found {caption!r:.80}"
     return _Entry(name or fallback, path if isinstance(path, str) else "", text, problem)
+
+
+def _is_object(path: str) -> bool:
+    return path.partition("://")[0] in OBJECT_STORES
+
+
+def _inside(path: str) -> str:
+    """Drop protocol and bucket: images are called the same wherever they are kept."""
+    return path.partition("://")[2].partition("/")[2] if _is_object(path) else path
 
 
 # Finding
 
 
 def _survey(path: str, source: Source) -> _Survey:
+    try:
+        return patiently(partial(_look_through, path, source), path)
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except pa.ArrowException as error:
+        raise DataError(f"{path}: expected a Parquet file: {error}; write it again") from error
+
+
+def _look_through(path: str, source: Source) -> _Survey:
     survey = _Survey()
     row_word = _row_word(path)
     for row in _all_rows(path, source):
@@ -163,8 +186,8 @@ def _survey(path: str, source: Source) -> _Survey:
         if not isinstance(row.content, str):
             survey.columns.update(dict.fromkeys(row.content))
     if path.lower().endswith(".parquet"):
-        with pq.ParquetFile(path) as file:
-            survey.columns = dict.fromkeys(file.schema_arrow.names)
+        with open_file(path) as file, pq.ParquetFile(file) as table:
+            survey.columns = dict.fromkeys(table.schema_arrow.names)
     return survey
 
 
@@ -190,35 +213,31 @@ def _repeats(names: "array[int]") -> dict[int, int]:
 
 def _all_rows(path: str, source: Source) -> Iterator[_Row]:
     lower = path.lower()
-    try:
-        if lower.endswith(".parquet"):
-            yield from _parquet_rows(path, source, 0, None)
-        elif lower.endswith(".jsonl"):
-            yield from _jsonl_rows(path, 0, None, 1)
-        else:
-            yield from _json_rows(path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}; check the file") from error
-    except pa.ArrowException as error:
-        raise DataError(f"{path}: expected a Parquet file: {error}; write it again") from error
+    if lower.endswith(".parquet"):
+        return _parquet_rows(path, source, 0, None)
+    return _jsonl_rows(path, 0, None, 1) if lower.endswith(".jsonl") else _json_rows(path)
 
 
-def _slice(unit: Unit, source: Source) -> Iterator[_Row]:
-    """Yield the rows of a unit; reads nothing but its part of the file."""
-    lower = unit.path.lower()
-    begin, end = unit.byte_range
+def _slice(unit: Unit, source: Source) -> list[_Row]:
+    """Return the rows of a unit; reads nothing but its part of the file."""
     try:
-        if lower.endswith(".parquet"):
-            yield from _parquet_rows(unit.path, source, unit.start, unit.stop)
-        elif lower.endswith(".jsonl"):
-            yield from _jsonl_rows(unit.path, begin, end, unit.first_line)
-        else:
-            with open(unit.path, "rb") as file:
-                file.seek(begin)
-                values = json.loads(b"[" + file.read(end - begin) + b"]")
-            yield from (_row(unit.first_line + i, 0, 0, value) for i, value in enumerate(values))
+        return patiently(lambda: list(_slice_rows(unit, source)), unit.path)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise DataError(f"{unit.path}: cannot be read any more: {error}; it changed: run the job again") from error
+
+
+def _slice_rows(unit: Unit, source: Source) -> Iterator[_Row]:
+    lower = unit.path.lower()
+    begin, end = unit.byte_range
+    if lower.endswith(".parquet"):
+        yield from _parquet_rows(unit.path, source, unit.start, unit.stop)
+    elif lower.endswith(".jsonl"):
+        yield from _jsonl_rows(unit.path, begin, end, unit.first_line)
+    else:
+        with open_file(unit.path) as file:
+            file.seek(begin)
+            values = json.loads(b"[" + file.read(end - begin) + b"]")
+        yield from (_row(unit.first_line + i, 0, 0, value) for i, value in enumerate(values))
 
 
 # Formats
@@ -230,7 +249,7 @@ def _row(number: int, begin: int, end: int, value: Any) -> _Row:
 
 
 def _jsonl_rows(path: str, begin: int, end: int | None, first_line: int) -> Iterator[_Row]:
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         file.seek(begin)
         position = begin
         for number, line in enumerate(file, first_line):
@@ -252,7 +271,7 @@ def _jsonl_row(number: int, begin: int, end: int, text: bytes) -> _Row:
 
 def _json_rows(path: str) -> Iterator[_Row]:
     """Parse one element at a time to learn where each begins and ends, in bytes."""
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         data = file.read()
     decoder = json.JSONDecoder()
     try:
@@ -283,14 +302,14 @@ def _expect(text: str, at: int, sign: str) -> int:
 
 
 def _parquet_rows(path: str, source: Source, start: int, stop: int | None) -> Iterator[_Row]:
-    with pq.ParquetFile(path) as file:
+    with open_file(path) as file, pq.ParquetFile(file) as table:
         wanted = (source.path_column, source.caption_column, "key")
-        columns = [name for name in wanted if name in file.schema_arrow.names]
+        columns = [name for name in wanted if name in table.schema_arrow.names]
         before = 0
-        for group in range(file.num_row_groups):
-            num_rows = file.metadata.row_group(group).num_rows
+        for group in range(table.num_row_groups):
+            num_rows = table.metadata.row_group(group).num_rows
             if before + num_rows > start and (stop is None or before < stop):
-                for batch in file.iter_batches(row_groups=[group], columns=columns, batch_size=8192):
+                for batch in table.iter_batches(row_groups=[group], columns=columns, batch_size=8192):
                     yield from _batch_rows(batch, before, start, stop)
                     before += batch.num_rows
             else:

@@ -4,6 +4,7 @@ Keys name a sample across all tables: `<source>/<path without extension>`, perce
 and can be a member name in a WebDataset tar. A row with an `error` is a rejected row; its other columns may be null.
 """
 
+from collections.abc import Iterable
 from enum import StrEnum
 
 import pyarrow as pa
@@ -27,8 +28,30 @@ class Reason(StrEnum):
     BAD_ROW = "bad_row"
     NO_CAPTION = "no_caption"
     EMPTY_CAPTION = "empty_caption"
+    IMAGE_UNSEEN = "image_unseen"
+    REFUSED = "refused"
     DUPLICATE_KEY = "duplicate_key"
     NONFINITE_FEATURES = "nonfinite_features"
+    BAD_URL = "bad_url"
+    PRIVATE_ADDRESS = "private_address"
+    HOST_NOT_FOUND = "host_not_found"
+    CONNECTION_FAILED = "connection_failed"
+    TIMED_OUT = "timed_out"
+    BAD_RESPONSE = "bad_response"
+    TOO_MANY_REDIRECTS = "too_many_redirects"
+    NOT_FOUND = "not_found"
+    ACCESS_DENIED = "access_denied"
+    RATE_LIMITED = "rate_limited"
+    SERVER_ERROR = "server_error"
+    ROBOTS_DISALLOWED = "robots_disallowed"
+    OPTED_OUT = "opted_out"
+    TOO_SMALL = "too_small"
+    EXTREME_ASPECT = "extreme_aspect"
+    BLURRED = "blurred"
+    WATERMARK = "watermark"
+    OTHER_LANGUAGE = "other_language"
+    DUPLICATE = "duplicate"
+    NEAR_DUPLICATE = "near_duplicate"
 
 
 CAPTIONS = pa.schema(
@@ -49,6 +72,23 @@ CAPTIONS = pa.schema(
         ("image_ops", pa.string()),  # what was done to get RGB pixels: "exif6,icc,cmyk", "" for nothing
     ]
 )
+
+
+def captions_schema(more: Iterable[str]) -> pa.Schema:
+    """Return the columns of a caption table with further columns of captions, such as `caption_short`.
+
+    Each comes with how its answer ended and its length, like the main one, and with a `Reason` where it is null, for
+    a row is rejected for want of its main caption only.
+    """
+    schema = CAPTIONS
+    for name in more:
+        suffix = name.removeprefix("caption")
+        schema = schema.append(pa.field(name, pa.string()))
+        schema = schema.append(pa.field(f"finish_reason{suffix}", pa.string()))
+        schema = schema.append(pa.field(f"num_tokens{suffix}", pa.int32()))
+        schema = schema.append(pa.field(f"error{suffix}", pa.string()))
+    return schema
+
 
 IMAGE_INDEX = pa.schema(
     [
@@ -86,6 +126,43 @@ TEXT_INDEX = pa.schema(
         ("detail", pa.string()),
     ]
 )
+
+FETCHED = pa.schema(
+    [
+        ("key", pa.string()),
+        ("url", pa.string()),
+        ("caption", pa.string()),  # as the list has it
+        ("status", pa.string()),  # "ok" or "rejected"
+        ("error", pa.string()),  # a Reason, or null
+        ("detail", pa.string()),
+        ("http_status", pa.int32()),  # of the last answer, if there was one
+        ("num_attempts", pa.int32()),  # 0: nothing was asked of the server for this row
+        ("shard", pa.string()),  # path of the tar relative to the output directory
+        ("format", pa.string()),  # "jpg", "png" ...: the member's extension
+        ("size_bytes", pa.int64()),  # as downloaded
+        ("width_px", pa.int32()),  # after the EXIF rotation
+        ("height_px", pa.int32()),
+        ("sha256", pa.string()),  # of the bytes as downloaded
+    ]
+)
+
+MEASURES = pa.schema(
+    [
+        ("key", pa.string()),
+        ("width_px", pa.int32()),  # after the EXIF rotation
+        ("height_px", pa.int32()),
+        ("sharpness", pa.float32()),  # variance of the Laplacian of the grey picture, its longer side at most 512 px
+        ("sha256", pa.binary(32)),  # of the compressed image
+        ("phash", pa.uint64()),  # perceptual hash; null where the picture is all but one colour
+        ("language", pa.string()),  # of the raw caption, ISO 639; null where there is none
+        ("language_probability", pa.float32()),
+        ("watermark", pa.float32()),  # probability, from the metadata; null where it has none
+        ("error", pa.string()),  # why the image cannot be read: a Reason, or null
+        ("detail", pa.string()),
+    ]
+)
+
+KEPT = pa.schema([("key", pa.string())])
 
 REJECTED = pa.schema([("key", pa.string()), ("error", pa.string()), ("detail", pa.string())])
 

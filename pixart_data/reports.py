@@ -4,7 +4,6 @@ The same rows as a terminal table, as JSON (`stats.json`) and as one self-contai
 Figures of an approximate tagger carry a `~` and a line that says why, in all three.
 """
 
-import html
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, fields
@@ -13,6 +12,7 @@ from typing import Any
 
 from pixart_data.errors import DataError
 from pixart_data.nouns import APPROXIMATE_DEFINITION, DEFINITION, NounStats
+from pixart_data.pages import bar, escaped, page, printable
 
 FORMAT = "pixart-stats"
 VERSION = 1
@@ -97,29 +97,24 @@ def html_page(sets: Mapping[str, NounStats]) -> str:
     """Render one page that needs nothing else: no scripts, no fonts, no network."""
     made_with = ", ".join(f"{name} {number}" for name, number in _versions().items())
     taggers = "".join(
-        f"<li>{_escaped(name)}: {_escaped(stats.tagger)}{_badge(stats)}</li>" for name, stats in sets.items()
+        f"<li>{escaped(name)}: {escaped(stats.tagger)}{_badge(stats)}</li>" for name, stats in sets.items()
     )
     definitions = dict.fromkeys([DEFINITION, *(_definition(stats) for stats in sets.values())])
-    return "\n".join(
+    return page(
+        "Noun statistics",
         [
-            "<!DOCTYPE html>",
-            '<html lang="en"><head><meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            '<meta name="color-scheme" content="light dark"><title>Noun statistics</title>',
-            f"<style>{_STYLE}</style></head><body><main>",
             "<h1>Noun statistics of captions</h1>",
             f"<p class=lead>How dense the captions are in nouns, beside the rows of {PAPER}.</p>",
             _html_table(sets),
-            *(f"<p class=note>{_escaped(note)}</p>" for note in _notes(sets)),
+            *(f"<p class=note>{escaped(note)}</p>" for note in _notes(sets)),
             "<h2>Nouns per image</h2>",
             _html_averages(sets),
             *(_html_top_nouns(name, stats) for name, stats in sets.items()),
             "<h2>Definition</h2>",
-            *(f"<p>{_escaped(text)}</p>" for text in definitions),
+            *(f"<p>{escaped(text)}</p>" for text in definitions),
             "<h2>How this was made</h2>",
-            f"<ul>{taggers}<li>Page: {_escaped(made_with)}</li></ul>",
-            "</main></body></html>\n",
-        ]
+            f"<ul>{taggers}<li>Page: {escaped(made_with)}</li></ul>",
+        ],
     )
 
 
@@ -134,7 +129,7 @@ def _cells(sets: Mapping[str, NounStats]) -> list[tuple[str, ...]]:
             f"{stats.total_nouns:,}",
             f"{stats.nouns_per_image:.1f}",
         )
-        rows.append((_printable(name), f"{stats.num_captions:,}", *(mark + figure for figure in figures)))
+        rows.append((printable(name), f"{stats.num_captions:,}", *(mark + figure for figure in figures)))
     for name, stats in PAPER_ROWS.items():
         rows.append(
             (
@@ -170,14 +165,14 @@ def _notes(sets: Mapping[str, NounStats]) -> list[str]:
         )
     for name, stats in sets.items():
         if stats.num_empty:
-            notes.append(f"{_printable(name)}: {stats.num_empty:,} null or blank captions are not counted.")
+            notes.append(f"{printable(name)}: {stats.num_empty:,} null or blank captions are not counted.")
     return notes
 
 
 def _json_row(name: str, stats: NounStats) -> dict[str, Any]:
     row = asdict(stats)
     row["top_nouns"] = [list(pair) for pair in stats.top_nouns]
-    return {"name": _printable(name), "definition": _definition(stats), **row}
+    return {"name": printable(name), "definition": _definition(stats), **row}
 
 
 def _versions() -> dict[str, str]:
@@ -196,15 +191,6 @@ def _mark(stats: NounStats) -> str:
     return "~" if stats.approximate else ""
 
 
-def _printable(text: str) -> str:
-    """Keep control characters, escape sequences and lone surrogates away from terminals and files."""
-    return "".join(char if char.isprintable() else "\ufffd" for char in text)
-
-
-def _escaped(text: str) -> str:
-    return html.escape(_printable(text))
-
-
 def _shortened(noun: str) -> str:
     return noun if len(noun) <= _LABEL_CHARS else f"{noun[:_LABEL_CHARS]}…"
 
@@ -220,7 +206,7 @@ def _html_table(sets: Mapping[str, NounStats]) -> str:
     for index, (cells, stats) in enumerate(zip(_cells(sets), every, strict=True)):
         kind = "own" if index < len(sets) else "paper"
         figures = "".join(f"<td>{cell}</td>" for cell in cells[1:])
-        body.append(f"<tr class={kind}><th scope=row>{_escaped(cells[0])}{_badge(stats)}</th>{figures}</tr>")
+        body.append(f"<tr class={kind}><th scope=row>{escaped(cells[0])}{_badge(stats)}</th>{figures}</tr>")
     rows = "\n".join(body)
     return f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>\n{rows}\n</tbody></table></div>"
 
@@ -231,7 +217,7 @@ def _html_averages(sets: Mapping[str, NounStats]) -> str:
     bars = []
     for index, (cells, stats) in enumerate(zip(_cells(sets), every, strict=True)):
         kind = "own" if index < len(sets) else "paper"
-        bars.append(_html_bar(kind, _escaped(cells[0]) + _badge(stats), cells[-1], stats.nouns_per_image / largest))
+        bars.append(bar(kind, escaped(cells[0]) + _badge(stats), cells[-1], stats.nouns_per_image / largest))
     return f"<div class=bars>{''.join(bars)}</div>"
 
 
@@ -239,46 +225,7 @@ def _html_top_nouns(name: str, stats: NounStats) -> str:
     largest = max((count for _, count in stats.top_nouns), default=1)
     mark = _mark(stats)
     bars = [
-        _html_bar("own", _escaped(_shortened(noun)), f"{mark}{count:,}", count / largest)
-        for noun, count in stats.top_nouns
+        bar("own", escaped(_shortened(noun)), f"{mark}{count:,}", count / largest) for noun, count in stats.top_nouns
     ]
     inside = f"<div class='bars top'>{''.join(bars)}</div>" if bars else "<p class=note>No nouns were found.</p>"
-    return f"<h2>Most frequent nouns: {_escaped(name)}{_badge(stats)}</h2>{inside}"
-
-
-def _html_bar(kind: str, label: str, figure: str, share: float) -> str:
-    """One bar; `label` is HTML already, `share` is its length, 0 to 1."""
-    track = f"<span class=track><span style='width:{share:.1%}'></span></span>"
-    return f"<div class='bar {kind}'><span class=label>{label}</span>{track}<span class=figure>{figure}</span></div>\n"
-
-
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1d2433; --soft: #5c6679; --line: #d9dee7; --page: #ffffff; --card: #f5f7fa;
-  --own: #2f6fde; --paper: #a9b4c6; --warn: #8a5200; --warn-page: #fff1d6; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e8f0; --soft: #9aa5b8; --line: #333b4a; --page: #141821;
-  --card: #1c222d; --own: #6ea0ff; --paper: #56627a; --warn: #ffcf87; --warn-page: #3d2c0c; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 60rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
-h1 { font-size: 1.8rem; line-height: 1.2; margin: 0 0 .25rem; }
-h2 { font-size: 1.15rem; margin: 2.25rem 0 .75rem; overflow-wrap: anywhere; }
-.lead { color: var(--soft); margin: 0 0 1.5rem; }
-.note { color: var(--soft); font-size: .875rem; margin: .4rem 0; }
-.wide { overflow-x: auto; margin-bottom: 1rem; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .5rem .75rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child { text-align: left; }
-thead th { color: var(--soft); font-size: .8rem; font-weight: 600; }
-.own th { font-weight: 650; } tr.own { background: var(--card); }
-tr.paper, .bar.paper .label { color: var(--soft); } .paper th { font-weight: 400; }
-.approx { display: inline-block; background: var(--warn-page); color: var(--warn); border-radius: 1rem;
-  padding: 0 .55rem; font-size: .75rem; font-weight: 500; }
-.bar { display: grid; grid-template-columns: minmax(6rem, 15rem) 1fr 5rem; gap: .75rem; align-items: center;
-  padding: .15rem 0; break-inside: avoid; }
-.label { overflow-wrap: anywhere; } .figure { text-align: right; font-variant-numeric: tabular-nums; }
-.track { display: block; background: var(--card); border-radius: .25rem; }
-.track span { display: block; height: .85rem; border-radius: .25rem; background: var(--own); }
-.paper .track span { background: var(--paper); }
-.top { columns: 18rem; column-gap: 2.5rem; font-size: .875rem; }
-.top .bar { grid-template-columns: 7.5rem 1fr 4rem; }
-"""
+    return f"<h2>Most frequent nouns: {escaped(name)}{_badge(stats)}</h2>{inside}"

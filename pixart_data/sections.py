@@ -1,13 +1,16 @@
 """The sections of job files that the data library owns."""
 
-from typing import Literal, Self
+import re
+from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pixart_data.config import LocalPath, ModelId, Section
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
+
+_COLUMN = re.compile(r"[a-z][a-z0-9_]*")
 
 PAPER_PROMPT = "Describe this image and its style in a very detailed manner"
 QUOTING_PROMPT = (
@@ -19,7 +22,7 @@ class Source(Section):
     """Where the images are. They are read in place and never copied."""
 
     paths: list[LocalPath] = Field(min_length=1)
-    """Tars, folders of images, `.jsonl` or `.parquet` lists of paths; `*` and `**` expand."""
+    """Tars, folders of images, `.jsonl` or `.parquet` lists of paths, local or as `s3://...`; `*` and `**` expand."""
     layout: Literal["auto", "sa1b", "img2dataset", "folder", "list"] = "auto"
     """How the images are laid out; `auto` looks at the path and at the first members of a tar."""
     root: LocalPath | None = None
@@ -29,22 +32,148 @@ class Source(Section):
     caption_column: str = "caption"
     """For lists: the column that holds the raw caption, if there is one."""
     rows_per_unit: int = Field(default=1000, ge=1)
-    """Folders and lists are cut into units of this many images; a tar is always one unit."""
+    """Folders and lists are cut into units of this many images."""
+    bytes_per_unit: int = Field(default=1 << 30, ge=512)
+    """A local tar of more than 1.5 times this is cut into units of about this size; 1 GiB."""
     max_image_pixels: int = Field(default=200_000_000, ge=1)
     """Images that claim more pixels are rejected unread: a decompression bomb costs memory, not a row."""
+    kept: LocalPath | None = None
+    """The output directory of `filter`: only the images that it kept are read, as if there were no others."""
+
+
+class Filters(Section):
+    """Which images are rejected. Every filter is off unless it is set."""
+
+    min_side_px: int | None = Field(default=None, ge=1)
+    """Reject images with a shorter side."""
+    max_aspect: float | None = Field(default=None, ge=1.0)
+    """Reject images whose longer side is more than this many times the shorter one."""
+    min_sharpness: float | None = Field(default=None, gt=0)
+    """Reject images that are blurred: whose Laplacian varies less than this; 30 takes clear cases only."""
+    watermark_column: str | None = Field(default=None, min_length=1)
+    """Where the metadata of the images (img2dataset's Parquet or JSON, a list's columns) has the probability of a
+    watermark; LAION's is `pwatermark`."""
+    max_watermark: float | None = Field(default=None, ge=0.0, le=1.0)
+    """Reject images with a higher probability of a watermark; those without one are kept."""
+    languages: list[str] | None = Field(default=None, min_length=1)
+    """Reject images whose raw caption is in another language than these, e.g. `["en", "de"]`; those without a caption
+    are kept."""
+    min_language_probability: float = Field(default=0.5, ge=0.0, le=1.0)
+    """How sure of another language one must be; two words can be of any."""
+    exact_duplicates: bool = False
+    """Reject images whose bytes are those of an earlier one."""
+    near_duplicates_bits: int | None = Field(default=None, ge=0, le=8)
+    """Reject images whose perceptual hash differs from that of an earlier one in at most this many of 64 bits; 4 finds
+    other sizes and qualities of a picture."""
+
+    @model_validator(mode="after")
+    def _knows_the_column(self) -> Self:
+        if self.max_watermark is not None and self.watermark_column is None:
+            raise ValueError('watermark_column: required by max_watermark, and missing; LAION\'s is "pwatermark"')
+        return self
+
+
+class UrlLists(Section):
+    """The lists of URLs, with their captions."""
+
+    paths: list[LocalPath] = Field(min_length=1)
+    """`.parquet` or `.jsonl` files, or folders of them; `*` and `**` expand. Add new ones at the end: keys are numbered
+    in this order."""
+    url_column: str = "url"
+    """The column that holds the URL (LAION-5B: `URL`)."""
+    caption_column: str = "caption"
+    """The column that holds the caption (LAION-5B: `TEXT`); empty: there is none."""
+    rows_per_unit: int = Field(default=10_000, ge=1)
+    """URLs in a unit of work, which becomes one tar."""
+
+
+class Downloads(Section):
+    """How images are asked for, and which are taken. Limits on requests are those of one worker."""
+
+    concurrency: int = Field(default=128, ge=1)
+    """Requests under way at once."""
+    concurrency_per_host: int = Field(default=4, ge=1)
+    """Requests under way at once to one host."""
+    connect_timeout_s: float = Field(default=10.0, gt=0)
+    """For the name, the connection and TLS."""
+    read_timeout_s: float = Field(default=15.0, gt=0)
+    """Longest silence of a server."""
+    total_timeout_s: float = Field(default=60.0, gt=0)
+    """For one attempt, redirects and the last byte included."""
+    max_attempts: int = Field(default=3, ge=1)
+    """After 429, 5xx, a timeout or a broken connection, a URL is asked for again up to this many times in all."""
+    backoff_s: float = Field(default=1.0, gt=0)
+    """Pause before the second attempt, doubled for each further one; `Retry-After` of a server goes before it."""
+    max_wait_s: float = Field(default=30.0, ge=0)
+    """Longest pause; where a server's `Retry-After` asks for more, the URL is given up for now."""
+    max_redirects: int = Field(default=5, ge=0)
+    """Each hop is checked like the first URL."""
+    max_bytes: int = Field(default=32 << 20, ge=1)
+    """Of an image, after unpacking; nothing beyond is read, whatever the server says."""
+    user_agent: str = Field(default="pixart-toolkit", pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")
+    """Name sent to servers, and looked up in robots.txt and X-Robots-Tag."""
+    contact: str | None = Field(default=None, pattern=r"^[!-'*-~]+$")
+    """An address or URL where a server's owner reaches you, sent with the name. Please set it."""
+    robots: bool = True
+    """Read each host's robots.txt and keep to it (RFC 9309)."""
+    opt_out_directives: list[str] = ["noai", "noimageai", "noindex", "noimageindex"]
+    """Images whose `X-Robots-Tag` says one of these, to all or to us, are not taken; nor, unless the list is empty,
+    those with `tdm-reservation: 1`."""
+    allow_private_addresses: bool = False
+    """Ask servers of this machine and of the local network too: for an intranet of your own, never for lists from the
+    web."""
+    check: Literal["full", "header"] = "full"
+    """`full` decodes each image, so that damaged ones are rejected here; `header` looks at its first bytes only."""
+    min_side_px: int = Field(default=1, ge=1)
+    """Images with a shorter side are rejected."""
+    max_aspect: float | None = Field(default=None, ge=1.0)
+    """Images whose longer side is more than this many times the shorter one are rejected; unset: none are."""
+    max_image_pixels: int = Field(default=200_000_000, ge=1)
+    """Images that claim more pixels are rejected undecoded."""
+
+
+class Server(Section):
+    """Servers that describe the images instead of this process: vLLM, SGLang or whatever else speaks OpenAI's API."""
+
+    urls: list[str] = Field(min_length=1)
+    """Where they answer, e.g. `http://host:8000/v1`; all serve the same model, and the least busy one is asked."""
+    concurrency: int = Field(default=32, ge=1)
+    """Requests in flight at once from each worker, over all its servers."""
+    api_key_env: str | None = None
+    """The environment variable, on the workers' machines, that holds the API key; unset, none is sent."""
+    max_side_px: int = Field(default=1024, ge=28)
+    """Images are shrunk until their longer side has at most this many pixels."""
+    jpeg_quality: int = Field(default=90, ge=30, le=95)
+    """Images travel as JPEG of this quality, colours at full resolution."""
+    timeout_s: float = Field(default=300.0, gt=0)
+    """An answer that takes longer is given up and asked for again."""
+    max_attempts: int = Field(default=4, ge=1)
+    """An image is asked about this often before it is rejected with `server_error`, if the server is well otherwise."""
+    patience_s: float = Field(default=300.0, ge=0)
+    """A server that is away or overloaded is waited for this long before the shard fails, to be tried again later."""
+
+    @model_validator(mode="after")
+    def _speaks_http(self) -> Self:
+        wrong = [url for url in self.urls if not url.startswith(("http://", "https://"))]
+        if wrong:
+            raise ValueError(f"urls: expected http://host:port/v1 or https://..., found {wrong[0]!r}")
+        return self
 
 
 class Captioner(Section):
     """The image-text model that describes the images."""
 
     model: ModelId = "llava-hf/llava-1.5-7b-hf"
-    """Anything that `AutoModelForImageTextToText` loads."""
+    """Anything that `AutoModelForImageTextToText` loads; with a server, the name under which it serves the model."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     prompt: str = PAPER_PROMPT
     """The paper's prompt, for images without a caption of their own."""
     prompt_with_caption: str | None = None
     """For images with a raw caption, quoted as `{caption}`; unset, they get `prompt` too."""
+    prompts: dict[str, str] = {}
+    """Further captions of each image, e.g. `{short = "Describe this image in one sentence"}`: the answer becomes the
+    column `caption_short`. One that quotes `{caption}` is asked of images with a raw caption only."""
     max_new_tokens: int = Field(default=512, ge=1)
     """Longer answers are cut off, which their `finish_reason` says."""
     batch_size: int = Field(default=16, ge=1)
@@ -61,12 +190,28 @@ class Captioner(Section):
     """`auto`: bf16 on a GPU, fp32 on a CPU."""
     device: Device = "auto"
     """`auto`: a GPU if there is one."""
+    server: Server | None = None
+    """Unset, the model runs in this process. A URL alone is a server with the defaults."""
+
+    @field_validator("server", mode="before")
+    @classmethod
+    def _from_urls(cls, given: Any) -> Any:
+        urls = [given] if isinstance(given, str) else given
+        return {"urls": urls} if isinstance(urls, list) else given
 
     @model_validator(mode="after")
     def _quotes_the_caption(self) -> Self:
         if self.prompt_with_caption is not None and "{caption}" not in self.prompt_with_caption:
             raise ValueError(f"prompt_with_caption: expected a text with {{caption}} in it, e.g. {QUOTING_PROMPT!r}")
+        wrong = [name for name in self.prompts if not _COLUMN.fullmatch(name)]
+        if wrong:
+            raise ValueError(f"prompts: expected names of a-z, 0-9 and _, e.g. short, found {wrong[0]!r}; rename it")
         return self
+
+    @property
+    def questions(self) -> dict[str, str]:
+        """Every column of captions and the prompt whose answers it holds, the main one first."""
+        return {"caption": self.prompt} | {f"caption_{name}": prompt for name, prompt in self.prompts.items()}
 
 
 class ImageFeatures(Section):

@@ -30,9 +30,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pixart_data.commits import MANIFEST, Record, file_sha256, replace_file, staging_path, storage, write_atomic
+from pixart_data.commits import MANIFEST, Record, file_sha256, read_table
 from pixart_data.errors import DataError, JobError
 from pixart_data.records import REJECTED
+from pixart_data.storage import exists, read_bytes, replace_file, require_local, staging_path, storage, write_atomic
 
 FORMAT = "pixart-features"
 FORMAT_VERSION = 1
@@ -154,7 +155,7 @@ class FeatureSet:
     """
 
     def __init__(self, root: Path, columns: list[str] | None = None) -> None:
-        self.root = root
+        self.root = require_local(root, "training reads local disks and mounts only")
         self.manifest = read_manifest(root)
         self.index = pq.read_table(root / INDEX, columns=columns)
         self._local = threading.local()
@@ -220,7 +221,7 @@ def read_manifest(root: Path) -> Manifest:
     """
     path = root / MANIFEST
     try:
-        fields = json.loads(path.read_text())
+        fields = json.loads(read_bytes(path))
     except FileNotFoundError:
         raise DataError(f"{root}: no {MANIFEST}: not a finished feature set; run `pixart extract` to its end") from None
     except ValueError as error:
@@ -237,8 +238,8 @@ def read_manifest(root: Path) -> Manifest:
 
 def feature_sets(root: Path) -> dict[str, Path]:
     """Return the sealed feature sets of a dataset by name; `root` may also be a single set."""
-    paths = [root / MANIFEST] if (root / MANIFEST).is_file() else sorted(root.glob(f"*/{MANIFEST}"))
-    return {path.parent.name: path.parent for path in paths if FORMAT.encode() in path.read_bytes()}
+    paths = [root / MANIFEST] if exists(root / MANIFEST) else sorted(root.glob(f"*/{MANIFEST}"))
+    return {path.parent.name: path.parent for path in paths if FORMAT.encode() in read_bytes(path)}
 
 
 def seal(root: Path, records: Sequence[Record], schema: pa.Schema, manifest: Manifest) -> Manifest:
@@ -257,7 +258,7 @@ def seal(root: Path, records: Sequence[Record], schema: pa.Schema, manifest: Man
     rejected = _Table(root / REJECTED_FILE, REJECTED)
     keys: list[pa.ChunkedArray] = []
     for part in parts:
-        table = pq.read_table(root / part, schema=schema)
+        table = read_table(root / part, schema=schema)
         good = table.filter(table["error"].is_null()).select(index.schema.names)
         index.write(good)
         rejected.write(table.filter(table["error"].is_valid()).select(REJECTED.names))

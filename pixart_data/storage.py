@@ -1,28 +1,380 @@
-"""Places that outputs are written to and sources are read from: local folders, network mounts, object stores."""
+"""Places that outputs are written to and sources are read from: local folders, network mounts, object stores.
 
+Every operation on a place goes through `retrying`, which waits out what may pass: a busy store, a stale mount, a
+connection that broke. A local file becomes visible by a rename, an object by the end of its upload: neither is ever
+seen half written.
+"""
+
+import contextlib
+import errno
+import os
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
-from pixart_data.errors import ConfigError
+from pixart_data import events
+from pixart_data.errors import ConfigError, DataError, JobError, TransientError
+from pixart_data.processes import is_alive, process_name
+
+T = TypeVar("T")
+
+TEMPORARY = ".tmp-"
+"""Prefix of files that are not finished."""
+
+_ATTEMPTS = 6
+_FIRST_WAIT_S = 0.2  # doubled each time: 6 s in all, on top of what the store's own client waits
+_TRANSIENT = {
+    getattr(errno, name)
+    for name in (
+        *("EIO", "ESTALE", "EAGAIN", "EBUSY", "ETIMEDOUT", "EREMOTEIO", "ENETDOWN", "ENETUNREACH", "EHOSTDOWN"),
+        *("EHOSTUNREACH", "ECONNRESET", "ECONNREFUSED", "ECONNABORTED", "EPIPE", "ENOLINK"),
+    )
+    if hasattr(errno, name)
+}
+_REASONS = {
+    errno.ENOSPC: "the disk is full; free space or choose another output, then run the same command again",
+    errno.EDQUOT: "the quota is used up; free space, then run the same command again",
+    errno.EACCES: "permission denied; choose an output you may write to",
+    errno.EPERM: "permission denied; choose an output you may write to",
+    errno.EROFS: "the file system is read-only; choose another output",
+    errno.EEXIST: "it is a file; choose another output",
+    errno.ENOTDIR: "a part of the path is a file; choose another output",
+}
+_FINAL = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
+# Without these a listing made before our own writes would be trusted, and a store that hangs waited for for ever.
+_STORE_OPTIONS: dict[str, dict[str, Any]] = {
+    "s3": {
+        "use_listings_cache": False,
+        "config_kwargs": {
+            "connect_timeout": 10,
+            "read_timeout": 60,
+            "retries": {"mode": "standard", "total_max_attempts": 4},
+        },
+    }
+}
 
 
 def location(url: str) -> Path:
     """Return a path for a local folder or for a URL such as `s3://bucket/prefix`.
 
-    What comes back for a URL has the methods of `pathlib.Path` that the toolkit uses, and is typed as one.
+    What comes back for a URL has the methods of `pathlib.Path` that the toolkit uses, and is typed as one. Credentials
+    and the endpoint of an S3-compatible store come from the environment (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL` ...).
 
     Raises:
         ConfigError: If the package that opens the URL is not installed.
     """
     if "://" not in url:
         return Path(url)
+    protocol = url.split("://")[0]
     try:
         from upath import UPath
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"{url}: {error.name} is not installed; pip install 'pixart-toolkit[s3]'") from error
-    return cast(Path, UPath(url))
+
+        path = UPath(url.rstrip("/"), **_STORE_OPTIONS.get(protocol, {}))
+        _ = path.fs  # imports the protocol's package
+    except ImportError as error:
+        remedy = "pip install 'pixart-toolkit[s3]'" if protocol == "s3" else f"install fsspec's package for {protocol}"
+        raise ConfigError(f"{url}: a package is missing ({error}); {remedy}") from error
+    except ValueError as error:
+        raise ConfigError(f"{url}: no storage is known by this name ({error}); use a folder or s3://...") from error
+    return cast(Path, path)
 
 
 def is_remote(path: Any) -> bool:
     """Tell an object store's path from one that the operating system opens."""
     return not isinstance(path, Path)
+
+
+# Failure
+
+
+@contextlib.contextmanager
+def storage(path: Path | str) -> Iterator[None]:
+    """Turn a failure to write `path` into one clear line.
+
+    Raises:
+        JobError: For a full disk, missing permission, a read-only file system.
+        TransientError: For a failure that may pass.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise _job_error(path, error) from error
+
+
+def _job_error(path: Path | str, error: Exception, verb: str = "write") -> JobError:
+    number = error.errno if isinstance(error, OSError) else None
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    what = _REASONS.get(number or 0) or (_REASONS[errno.EACCES] if isinstance(error, PermissionError) else "")
+    if what:
+        return JobError(f"{path}: cannot {verb}: {what}")
+    kind = TransientError if is_transient(error) else JobError
+    return kind(f"{path}: cannot {verb}: {text}; check the storage, then run again")
+
+
+def is_transient(error: Exception) -> bool:
+    """Tell a failure of storage that may pass from one that will not."""
+    if isinstance(
+        error, FileNotFoundError | PermissionError | FileExistsError | IsADirectoryError | NotADirectoryError
+    ):
+        return False
+    if isinstance(error, OSError):
+        return error.errno in _TRANSIENT or isinstance(error, TimeoutError | ConnectionError)
+    package = type(error).__module__.split(".")[0]
+    return package in ("botocore", "aiobotocore", "aiohttp", "s3fs", "fsspec") and not _is_configuration(error)
+
+
+def _is_configuration(error: Exception) -> bool:
+    return type(error).__name__ in ("NoCredentialsError", "ParamValidationError", "ProfileNotFound", "NoRegionError")
+
+
+def retrying(what: Callable[[], T], path: Path | str, verb: str = "write") -> T:
+    """Call `what`, again with growing pauses while it fails in ways that may pass; the rest is for the message.
+
+    Raises:
+        FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError: As they are.
+        JobError: For what no retry mends.
+        TransientError: When the attempts are used up.
+    """
+    for attempt in range(_ATTEMPTS):
+        try:
+            return what()
+        except _FINAL:
+            raise
+        except Exception as error:  # noqa: BLE001  what clients of object stores raise has no common root
+            if not is_transient(error) or attempt == _ATTEMPTS - 1:
+                if isinstance(error, OSError) or is_transient(error) or _is_configuration(error):
+                    raise _job_error(path, error, verb) from error
+                raise
+        events.note("storage_retry")
+        time.sleep(_FIRST_WAIT_S * 2**attempt * random.uniform(0.5, 1.5))
+    raise AssertionError("unreachable")
+
+
+# Reading
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return a file's content; FileNotFoundError if there is none."""
+    return retrying(path.read_bytes, path, "read")
+
+
+def read_many(paths: list[Path]) -> list[bytes]:
+    """Return the contents of small files; those of an object store are read at the same time."""
+    if not paths or not is_remote(paths[0]):
+        return [read_bytes(path) for path in paths]
+    store: Any = cast(Any, paths[0]).fs
+    names = [cast(Any, path).path for path in paths]
+    found = retrying(lambda: store.cat(names), paths[0].parent, "read")
+    return [found[name] for name in names] if isinstance(found, dict) else [found]
+
+
+def list_files(directory: Path) -> list[Path]:
+    """Return the files directly in a folder, in the order of their names; none if there is no such folder."""
+    if not is_remote(directory):
+        return sorted(path for path in directory.glob("*") if path.is_file())
+    store: Any = cast(Any, directory).fs
+    try:
+        entries = retrying(lambda: store.ls(cast(Any, directory).path, detail=True, refresh=True), directory, "read")
+    except FileNotFoundError:
+        return []
+    names = sorted(entry["name"].rsplit("/", 1)[-1] for entry in entries if entry["type"] == "file")
+    return [directory / name for name in names if name]
+
+
+def exists(path: Path) -> bool:
+    """Tell whether a file is there."""
+    return retrying(path.is_file, path, "read")
+
+
+def remote_fingerprint(path: Path) -> str:
+    """Return what changes when an object does: its size and its tag, or when it was last written."""
+    info = retrying(lambda: cast(Any, path).fs.info(cast(Any, path).path), path, "read")
+    return str([info.get("size"), info.get("ETag") or info.get("etag") or str(info.get("LastModified"))])
+
+
+def size_bytes(path: Path) -> int:
+    """Return the size of a file that is there."""
+    return int(retrying(path.stat, path, "read").st_size)
+
+
+@contextlib.contextmanager
+def local_copy(path: Path) -> Iterator[Path]:
+    """Give a path that the operating system opens: `path` itself, or a copy of an object for as long as it is needed.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        JobError: If the copy cannot be made.
+    """
+    if not is_remote(path):
+        yield path
+        return
+    copy = scratch_file(path.name)
+    try:
+        retrying(lambda: cast(Any, path).fs.get_file(cast(Any, path).path, str(copy)), path, "read")
+        yield copy
+    finally:
+        copy.unlink(missing_ok=True)
+
+
+# Writing
+
+
+def make_dir(path: Path) -> Path:
+    """Create a directory with its parents and return it; raises JobError where that is impossible."""
+    if not is_remote(path):
+        with storage(path):
+            path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a small file so that a reader sees the old or the new content, never a part."""
+    with storage(path):
+        if is_remote(path):
+            retrying(lambda: path.write_bytes(data), path)
+            return
+        make_dir(path.parent)
+        retrying(lambda: _write_local(path, data, os.replace), path)
+
+
+def write_new(path: Path, data: bytes) -> bool:
+    """Write a small file only if there is none, which one of several writers achieves; return whether this one did."""
+    if is_remote(path):
+        store: Any = cast(Any, path).fs
+        try:
+            retrying(lambda: _put_if_absent(store, cast(Any, path).path, data), path)
+        except FileExistsError:
+            return read_bytes(path) == data  # the answer to our own first attempt may have been lost
+        return True
+    make_dir(path.parent)
+    try:
+        retrying(lambda: _write_local(path, data, _link), path)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _link(name: str, path: Path) -> None:
+    """Give a file its final name if nothing has it; NFS keeps this promise, too."""
+    try:
+        os.link(name, path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+            raise
+        with Path(name).open("rb") as source, path.open("xb") as target:  # a file system without hard links
+            shutil.copyfileobj(source, target)
+            target.flush()
+            os.fsync(target.fileno())
+
+
+def _put_if_absent(store: Any, name: str, data: bytes) -> None:
+    try:
+        store.pipe_file(name, data, mode="create")
+    except OSError as error:
+        if error.errno == errno.EINVAL and "condition" in str(error).lower():  # S3 answers 412
+            raise FileExistsError(name) from error
+        raise
+
+
+def _write_local(path: Path, data: bytes, put: Callable[[str, Path], None]) -> None:
+    handle, name = tempfile.mkstemp(prefix=TEMPORARY, dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        put(name, path)
+        sync_dir(path.parent)
+    finally:
+        Path(name).unlink(missing_ok=True)  # gone after a rename
+
+
+def replace_file(staged: Path, path: Path) -> None:
+    """Put a staged file in its place, flushed, replacing what is there; the staged one is gone then."""
+    if is_remote(path):
+        size_bytes = staged.stat().st_size
+
+        def upload() -> None:
+            store: Any = cast(Any, path).fs
+            store.put_file(str(staged), cast(Any, path).path)
+            if (found := store.info(cast(Any, path).path)["size"]) != size_bytes:
+                raise OSError(errno.EIO, f"uploaded {size_bytes} bytes, found {found}")
+
+        with storage(path):
+            retrying(upload, path)
+        staged.unlink()
+        return
+
+    def rename() -> None:
+        with staged.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(staged, path)
+        sync_dir(path.parent)
+
+    with storage(path):
+        retrying(rename, path)
+
+
+def delete(paths: Iterable[Path]) -> int:
+    """Delete files and return how many; those that are gone already do not matter."""
+    count = 0
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            retrying(path.unlink, path)
+            count += 1
+    return count
+
+
+def sync_dir(directory: Path) -> None:
+    """Flush a directory, so that a rename in it survives a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# Scratch
+
+
+def staging_path(directory: Path, name: str) -> Path:
+    """Return a fresh local file for what `replace_file` will put into `directory`: in it, or in the scratch folder."""
+    if is_remote(directory):
+        return scratch_file(name)
+    make_dir(directory)
+    return _fresh(directory, name)
+
+
+def scratch_file(name: str) -> Path:
+    """Return a fresh file in this process's scratch folder, below TMPDIR.
+
+    Folders of processes that are no more are deleted on the way: a killed worker cannot clean up after itself.
+    """
+    parent = Path(tempfile.gettempdir()) / f"pixart-{os.getuid()}"
+    folder = parent / process_name()
+    if not folder.is_dir():
+        make_dir(folder)
+        for other in parent.iterdir():
+            if not is_alive(other.name):
+                shutil.rmtree(other, ignore_errors=True)
+    return _fresh(folder, name)
+
+
+def _fresh(directory: Path, name: str) -> Path:
+    with storage(directory):
+        handle, path = tempfile.mkstemp(prefix=TEMPORARY, suffix=f"-{name[-80:]}", dir=directory)
+        os.close(handle)
+        os.chmod(path, 0o644)
+    return Path(path)
+
+
+def require_local(path: Path, why: str) -> Path:
+    """Return `path`; raises DataError where it is an object store's, saying what to do."""
+    if is_remote(path):
+        raise DataError(f"{path}: {why}; copy it to a local disk first, e.g. with `aws s3 sync`")
+    return path

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
-
-from pixart_data.commits import COMMITS, MANIFEST, file_sha256, read_records
+from pixart_data.commits import COMMITS, MANIFEST, file_sha256, read_records, read_table
 from pixart_data.errors import ConfigError, DataError
 from pixart_data.shards import INDEX, REJECTED_FILE, Manifest, feature_sets, member_prefix, read_manifest, tensor_shape
+from pixart_data.storage import exists, local_copy, size_bytes
 
 REPORT = "stats.json"  # what finishes the output of `stats`, as a manifest does that of the other stages
 _ADDRESS = ("key", "shard", "offset_bytes", "size_bytes", "crc32")
@@ -60,23 +59,23 @@ def _verify_records(root: Path, skipped: set[str]) -> Iterator[Finding]:
             path = root / file.path
             if path.suffix in skipped:
                 continue
-            if not path.is_file():
-                yield Finding(path, problem=f"missing; delete commits/{record.unit}.json and run the job again")
-            elif file_sha256(path) != file.sha256:
-                yield Finding(path, problem=f"damaged; delete commits/{record.unit}.json and run the job again")
-            else:
+            found = _sha256(path)
+            if found == file.sha256:
                 yield Finding(path, file.size_bytes, record.rows_out)
+            else:
+                what = "damaged" if found else "missing"
+                yield Finding(path, problem=f"{what}; delete commits/{record.unit}.json and run the job again")
 
 
 def _verify_set(root: Path) -> Iterator[Finding]:
     manifest = read_manifest(root)
     for path, sha256 in ((root / INDEX, manifest.index_sha256), (root / REJECTED_FILE, manifest.rejected_sha256)):
-        if not path.is_file() or file_sha256(path) != sha256:
+        if _sha256(path) != sha256:
             yield Finding(
                 path, problem="missing or damaged; run `pixart extract` again: it is rewritten from its parts"
             )
             return
-        yield Finding(path, path.stat().st_size)
+        yield Finding(path, size_bytes(path))
     index = _Index(root / INDEX, manifest)
     units = {file.path: record.unit for record in read_records(root).values() for file in record.files}
     for shard in manifest.shards:
@@ -89,12 +88,21 @@ def _verify_set(root: Path) -> Iterator[Finding]:
         yield Finding(root / unknown, 0, 0, key, "in the index but not in the manifest; extract again")
 
 
+def _sha256(path: Path) -> str:
+    """Return the sha256 of a file on any storage; empty if there is none."""
+    try:
+        with local_copy(path) as copy:
+            return file_sha256(copy)
+    except FileNotFoundError:
+        return ""
+
+
 class _Index:
     """The rows of an index by shard, as Arrow columns until they are asked for."""
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         extra = ("height_px", "width_px") if manifest.kind == "image" else ("num_tokens",)
-        self._table = pq.read_table(path, columns=[*_ADDRESS, *extra])
+        self._table = read_table(path, columns=[*_ADDRESS, *extra])
         shards = self._table["shard"].combine_chunks().dictionary_encode()
         numbers = shards.indices.to_numpy(zero_copy_only=False)
         self._order = np.argsort(numbers, kind="stable")
@@ -117,11 +125,11 @@ class _Index:
 def _verify_shard(
     path: Path, shard: dict[str, Any], rows: list[dict[str, Any]], manifest: Manifest
 ) -> Iterator[Finding]:
-    if not path.is_file():
+    if not exists(path):
         yield Finding(path, problem=f"missing, with {len(rows)} samples from {rows[0]['key'] if rows else '?'} on")
         return
-    with path.open("rb") as file:
-        if not path.stat().st_size:
+    with local_copy(path) as copy, copy.open("rb") as file:
+        if not copy.stat().st_size:
             yield Finding(path, problem=f"empty, expected {shard['size_bytes']} bytes")
             return
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:

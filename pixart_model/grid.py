@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pixart_data.commits import write_atomic
 from pixart_data.errors import ConfigError
+from pixart_data.storage import write_atomic
 from pixart_model.config import Train
 from pixart_model.dataset import Dataset
 from pixart_model.model import PixArt

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pixart_data.commits import storage, write_atomic
 from pixart_data.errors import DataError, JobError
+from pixart_data.storage import storage, write_atomic
 
 METRICS = "metrics.jsonl"
 _log = logging.getLogger(__name__)

@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from pixart_data.commits import make_dir, output_lock, write_atomic
 from pixart_data.config import resolved_toml
 from pixart_data.errors import ConfigError, JobError
+from pixart_data.leases import output_lock
+from pixart_data.storage import make_dir, write_atomic
 from pixart_model import checkpoint
 from pixart_model.config import Optim, Train
 from pixart_model.dataset import Batch, Dataset, Position, open_dataset

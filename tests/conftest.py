@@ -1,8 +1,12 @@
 """What the tests of more than one package need: miniature models, the demo's pictures, and the command."""
 
 import os
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
+import uuid
 from pathlib import Path
 
 import pytest
@@ -44,6 +48,54 @@ def ray_here():
     ray.shutdown()
 
 
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory):
+    """The URL of an S3-compatible server, in a process of its own; clients find it by the AWS variables it sets.
+
+    A Ray that was started before does not know the variables.
+    """
+    log = tmp_path_factory.mktemp("s3") / "log.txt"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=output) as server:
+        try:
+            _wait_for(url, server, log)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.delenv("AWS_PROFILE", raising=False)
+                patch.delenv("AWS_SESSION_TOKEN", raising=False)
+                patch.setenv("AWS_ENDPOINT_URL", url)
+                patch.setenv("AWS_ACCESS_KEY_ID", "testing")
+                patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+                patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+                patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+                yield url
+        finally:
+            server.kill()
+
+
+def _wait_for(url, server, log, timeout_s=90):
+    end_s = time.monotonic() + timeout_s
+    while time.monotonic() < end_s and server.poll() is None:
+        try:
+            urllib.request.urlopen(f"{url}/moto-api/", timeout=5).close()
+        except OSError:
+            time.sleep(0.1)
+        else:
+            return
+    pytest.fail(f"the S3 server did not start: {log.read_text()[-2000:]}")
+
+
+@pytest.fixture
+def bucket(s3_server):
+    """A fresh bucket on the S3 server, as `s3://name`."""
+    name = f"test-{uuid.uuid4().hex[:12]}"
+    request = urllib.request.Request(f"{s3_server}/{name}", method="PUT")
+    urllib.request.urlopen(request, timeout=30).close()
+    return f"s3://{name}"
+
+
 @pytest.fixture
 def pixart(tmp_path):
     """Run the command in a process of its own, as a user does; returns the finished process."""
@@ -72,3 +124,12 @@ def job_file(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def served_llava(miniatures, tmp_path_factory):
+    """The URL of a real OpenAI-compatible server that serves the miniature `llava`."""
+    from tests.serving import transformers_serve
+
+    with transformers_serve(miniatures["llava"], tmp_path_factory.mktemp("serve") / "log") as url:
+        yield url

@@ -14,9 +14,10 @@ from pixart_data.captions import (
     require_columns,
     seal_captions,
 )
-from pixart_data.commits import Record, publish, staging_path, write_record
+from pixart_data.commits import Record, publish, write_record
 from pixart_data.errors import ConfigError, DataError
 from pixart_data.records import Reason
+from pixart_data.storage import staging_path
 
 
 def table(path, rows, schema=None):

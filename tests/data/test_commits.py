@@ -8,19 +8,10 @@ import sys
 
 import pytest
 
-from pixart_data.commits import (
-    PublishedFile,
-    Record,
-    make_dir,
-    output_lock,
-    publish,
-    read_records,
-    staging_path,
-    sweep,
-    write_atomic,
-    write_record,
-)
+from pixart_data.commits import PublishedFile, Record, publish, read_records, sweep, write_record
 from pixart_data.errors import DataError, JobError
+from pixart_data.leases import output_lock
+from pixart_data.storage import make_dir, staging_path, write_atomic
 
 
 def record(unit="u", files=(), rows_in=3, rows_out=2, rejected=None):
@@ -209,7 +200,7 @@ def test_sweep_does_nothing_where_a_record_is_damaged(tmp_path):
 HOLDER = """
 import sys, time
 from pathlib import Path
-from pixart_data.commits import output_lock
+from pixart_data.leases import output_lock
 with output_lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -233,7 +224,7 @@ def test_the_lock_of_another_process_dies_with_it(holder, tmp_path):
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     with output_lock(tmp_path / "out"):
-        assert (tmp_path / "out/.lock").exists()
+        assert (tmp_path / "out/.lease").is_dir()
 
 
 def test_the_lock_is_let_go_of_after_an_error(tmp_path):

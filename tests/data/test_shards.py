@@ -13,10 +13,11 @@ import pytest
 from safetensors.numpy import load as load_safetensors
 
 from pixart_data import shards
-from pixart_data.commits import Record, publish, staging_path
+from pixart_data.commits import Record, publish
 from pixart_data.errors import DataError
 from pixart_data.records import TEXT_INDEX
 from pixart_data.shards import FeatureSet, Manifest, ShardWriter, feature_sets, read_manifest, seal, tensor_shape
+from pixart_data.storage import staging_path
 
 WIDTH = 6
 MANIFEST = Manifest("text", "t5", "F16", {"width": WIDTH}, {}, {"rows_in": 0}, [])

@@ -95,9 +95,9 @@ def test_paths_of_no_known_kind(tmp_path, name, message):
         units_of(tmp_path / name)
 
 
-def test_remote_paths_are_refused():
-    with pytest.raises(ConfigError, match="expected a local path, got s3://bucket/x.tar"):
-        units_of("s3://bucket/x.tar")
+def test_storage_that_has_no_package_is_named():
+    with pytest.raises(ConfigError, match="nowhere://bucket/?: no storage is known by this name"):
+        units_of("nowhere://bucket/x.tar")
 
 
 def test_equal_names_need_a_root(tmp_path):

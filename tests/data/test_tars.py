@@ -1,5 +1,7 @@
+import errno
 import io
 import json
+import os
 import random
 import re
 import tarfile
@@ -12,7 +14,7 @@ import pytest
 from pixart_data.errors import DataError
 from pixart_data.records import Reason
 from pixart_data.sections import Source
-from pixart_data.sources import Sample, count_rows, find_units, read_samples
+from pixart_data.sources import Sample, Unit, count_rows, find_units, read_samples
 
 
 def write_tar(path: Path, members: list, format: int = tarfile.GNU_FORMAT) -> Path:
@@ -350,3 +352,181 @@ def test_a_tar_that_shrinks_while_it_is_read(tmp_path):
     with (tmp_path / "x.tar").open("r+b") as file:
         file.truncate(2600)
     assert {sample.error for sample in samples} == {Reason.TRUNCATED_TAR}
+
+
+# Slices
+
+
+def read_slices(path: Path, bytes_per_unit: int, **settings: object) -> tuple[list[Unit], list[Sample]]:
+    source = Source(paths=[str(path)], bytes_per_unit=bytes_per_unit, **settings)
+    units = find_units(source)
+    samples = []
+    for unit in units:
+        part = list(read_samples(unit, source))
+        assert count_rows(unit) == len(part)
+        assert keys(list(read_samples(unit, source, with_images=False))) == keys(part)
+        samples += part
+    return units, samples
+
+
+def random_members(generator: random.Random) -> list:
+    """Groups of every shape, shuffled a little or a lot, with names that repeat and members that are no files."""
+    members: list = []
+    for _ in range(generator.randrange(1, 40)):
+        stem = f"{generator.choice(('', 'd/', 'é/'))}{generator.randrange(30)}" + "n" * generator.choice((0, 0, 0, 120))
+        for extension in generator.sample(("jpg", "png", "json", "txt"), generator.randrange(1, 4)):
+            content = json.dumps({"caption": stem}).encode() if extension == "json" else generator.randbytes(2000)
+            members.append((f"{stem}.{extension}", content[: generator.randrange(len(content) + 1)]))
+        if generator.random() < 0.1:
+            link = tarfile.TarInfo(f"{stem}.jpg")
+            link.type, link.linkname = tarfile.SYMTYPE, "elsewhere"
+            members.append(link)
+    if generator.random() < 0.5:
+        generator.shuffle(members)
+    return members
+
+
+def damage(data: bytes, generator: random.Random) -> bytes:
+    kind = generator.randrange(5)
+    if kind == 1:
+        return data[: generator.randrange(1, len(data))]
+    if kind == 2:
+        at = generator.randrange(len(data))
+        return data[:at] + generator.randbytes(600) + data[at + 600 :]
+    if kind == 3:
+        return data + bytes(generator.choice((0, 2 << 20))) + data
+    return b"?" * 600 + data[600:] if kind == 4 else data
+
+
+def test_slices_make_up_the_tar(tmp_path):
+    generator = random.Random(1)
+    seen = set()
+    for number in range(80):
+        path = tmp_path / "x.tar"
+        format = generator.choice((tarfile.GNU_FORMAT, tarfile.PAX_FORMAT))
+        write_tar(path, random_members(generator), format)
+        path.write_bytes(damage(path.read_bytes(), generator))
+        path.with_suffix(".parquet").unlink(missing_ok=True)
+        if generator.random() < 0.3:
+            write_sidecar(path, 5)
+        whole = read(path)
+        size_bytes = path.stat().st_size
+        bytes_per_unit = max(512, size_bytes // generator.randrange(1, 12))
+        units, samples = read_slices(path, bytes_per_unit)
+        assert samples == whole, number
+        assert len(units) == (1 if size_bytes <= 1.5 * bytes_per_unit else -(-size_bytes // bytes_per_unit))
+        seen |= {(sample.error, len(units) > 1) for sample in samples}
+    assert seen >= {(error, True) for error in (None, Reason.TRUNCATED_TAR, Reason.NO_IMAGE, Reason.NOT_A_FILE)}
+    assert (Reason.UNREADABLE_TAR, True) in seen
+
+
+def test_a_group_across_slices_comes_out_whole_in_the_slice_of_its_image(tmp_path):
+    members = [("a.txt", b"ay"), ("b.jpg", b"B" * 4000), ("a.jpg", b"A" * 4000), ("b.txt", b"bee")]
+    path = write_tar(tmp_path / "x.tar", members)
+    source = Source(paths=[str(path)], bytes_per_unit=path.stat().st_size // 4)
+    parts = [[(s.key, s.caption, s.data) for s in read_samples(unit, source)] for unit in find_units(source)]
+    assert [row for part in parts for row in part] == [("x/b", "bee", b"B" * 4000), ("x/a", "ay", b"A" * 4000)]
+    assert sorted(len(part) for part in parts) == [0, 0, 1, 1]
+
+
+def test_units_of_slices(tmp_path):
+    path = write_tar(tmp_path / "sa~1.tar", [(f"{i}.jpg", b"x" * 2000) for i in range(10)])
+    size_bytes = path.stat().st_size
+    units, samples = read_slices(path, size_bytes // 3)
+    assert [unit.id for unit in units] == [f"sa%7E1~{i:05d}" for i in range(len(units))]
+    assert {unit.name for unit in units} == {"sa%7E1"}
+    assert all(re.fullmatch(r"[A-Za-z0-9_%~-]+", unit.id) for unit in units)
+    assert keys(samples) == [f"sa%7E1/{i}" for i in range(10)]
+    prints = {unit.fingerprint for unit in units}
+    (whole,) = find_units(Source(paths=[str(path)]))
+    assert whole.id == "sa%7E1"
+    others = {unit.fingerprint for unit in read_slices(path, size_bytes // 2)[0]}
+    assert len({*prints, *others, whole.fingerprint}) == len(prints) + len(others) + 1
+    assert {unit.fingerprint for unit in read_slices(path, size_bytes // 3)[0]} == prints
+
+
+def test_a_sliced_tar_that_grew_is_refused(tmp_path):
+    path = write_tar(tmp_path / "x.tar", sa1b())
+    source = Source(paths=[str(path)], bytes_per_unit=path.stat().st_size // 2)
+    units = find_units(source)
+    write_tar(path, sa1b(30))
+    for unit in units:
+        with pytest.raises(DataError, match="x.tar: expected 10240 bytes, as when it was cut .*; run the job again"):
+            list(read_samples(unit, source))
+
+
+# Storage that fails
+
+
+@pytest.fixture
+def flaky(monkeypatch):
+    """Let calls of the operating system fail; `flaky(owner, name, number, times)` fails every third of them."""
+    monkeypatch.setattr("pixart_data.storage._FIRST_WAIT_S", 0.0001)
+
+    def fail(owner: object, name: str, number: int, times: float, every: int = 3) -> list:
+        real, calls, failed = getattr(owner, name), [0], []
+
+        def call(*args: object, **options: object) -> object:
+            calls[0] += 1
+            if calls[0] % every == 0 and len(failed) < times:
+                failed.append(number)
+                raise OSError(number, os.strerror(number))
+            return real(*args, **options)
+
+        monkeypatch.setattr(owner, name, call)
+        return failed
+
+    return fail
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN])
+def test_storage_that_recovers_is_waited_for(tmp_path, flaky, number):
+    path = write_tar(tmp_path / "x.tar", img2dataset(20))
+    write_sidecar(path, 20)
+    whole = read(path)
+    source = Source(paths=[str(path)])
+    (unit,) = find_units(source)
+    failed = [flaky(os, "pread", number, times=10), flaky(os, "open", number, times=10, every=2)]
+    assert list(read_samples(unit, source)) == whole
+    assert len(failed[0]) == 10
+    assert failed[1]
+
+
+def test_headers_are_read_again_after_a_failure(tmp_path, monkeypatch, flaky):
+    path = write_tar(tmp_path / "x.tar", img2dataset(20))
+    whole = read(path)
+    real, calls = tarfile.TarFile.next, []
+
+    def fail_once(tar: tarfile.TarFile) -> object:
+        calls.append(tar)
+        if len(calls) == 30:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(tar)
+
+    monkeypatch.setattr(tarfile.TarFile, "next", fail_once)
+    source = Source(paths=[str(path)])
+    (unit,) = find_units(source)
+    assert list(read_samples(unit, source)) == whole
+    assert len(calls) > 60
+
+
+def test_storage_that_keeps_failing_is_an_error_not_a_row(tmp_path, flaky):
+    source = Source(paths=[str(write_tar(tmp_path / "x.tar", sa1b()))])
+    (unit,) = find_units(source)
+    failed = flaky(os, "pread", errno.EIO, times=float("inf"), every=1)
+    with pytest.raises(DataError, match=r"x.tar: cannot be read: Input/output error; check the storage, then run"):
+        list(read_samples(unit, source))
+    assert len(failed) == 6
+
+
+def test_a_handle_that_goes_stale_is_not_taken_for_the_new_file(tmp_path, flaky):
+    path = write_tar(tmp_path / "x.tar", sa1b())
+    source = Source(paths=[str(path)])
+    (unit,) = find_units(source)
+    samples = read_samples(unit, source)
+    next(samples)
+    path.unlink()
+    write_tar(path, sa1b(9))
+    flaky(os, "pread", errno.ESTALE, times=1, every=1)
+    with pytest.raises(DataError, match="x.tar: it changed while it was read"):
+        list(samples)

@@ -7,10 +7,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from pixart_data.captions import seal_captions
-from pixart_data.commits import Record, publish, read_records, staging_path, write_record
+from pixart_data.commits import Record, publish, read_records, write_record
 from pixart_data.errors import DataError
 from pixart_data.records import IMAGE_INDEX, TEXT_INDEX
 from pixart_data.shards import Manifest, ShardWriter, seal
+from pixart_data.storage import staging_path
 from pixart_data.verification import verify
 
 SHAPES = {"1.00": (2, 4, 4, 4), "0.50": (2, 4, 3, 6)}

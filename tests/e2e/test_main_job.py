@@ -137,7 +137,8 @@ def test_a_picture_decoded_from_its_moments_matches_direct_encoding(world, pictu
     from diffusers import AutoencoderKL
 
     from pixart_data.buckets import Bucket
-    from pixart_data.images import decode, fit
+    from pixart_data.canvases import fit
+    from pixart_data.images import decode
     from pixart_data.shards import FeatureSet
 
     vae = AutoencoderKL.from_pretrained(miniatures["vae"]).eval()
@@ -146,7 +147,7 @@ def test_a_picture_decoded_from_its_moments_matches_direct_encoding(world, pictu
     shape = (2, 4, row["height_px"] // 8, row["width_px"] // 8)
     stored = features.read_tensor(row["shard"], row["offset_bytes"], row["size_bytes"], shape)
     bucket = Bucket(row["bucket"], row["height_px"], row["width_px"])
-    pixels = fit(decode((pictures / "farm.jpg").read_bytes(), max_pixels=10**8).image, bucket)
+    pixels = fit(decode((pictures / "farm.jpg").read_bytes(), max_pixels=10**8), bucket)
     x = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
     with torch.inference_mode():
         posterior = vae.encode(x).latent_dist

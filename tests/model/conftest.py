@@ -7,9 +7,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pixart_data.commits import Record, publish, staging_path, write_record
+from pixart_data.commits import Record, publish, write_record
 from pixart_data.records import IMAGE_INDEX, TEXT_INDEX
 from pixart_data.shards import Manifest, ShardWriter, seal
+from pixart_data.storage import staging_path
 from pixart_model.config import Train
 
 CHANNELS, TEXT_WIDTH = 4, 24

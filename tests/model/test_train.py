@@ -139,7 +139,7 @@ def test_a_model_that_does_not_fit_the_features_is_refused_before_anything(make_
 
 
 def test_two_runs_cannot_share_an_output(make_job, tmp_path):
-    from pixart_data.commits import output_lock
+    from pixart_data.leases import output_lock
 
     with output_lock(tmp_path / "run"), pytest.raises(JobError, match="another run is writing here"):
         train.run(make_job())

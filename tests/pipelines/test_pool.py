@@ -4,7 +4,8 @@ import os
 import signal
 import sys
 import time
-from dataclasses import dataclass, replace
+from collections import Counter, deque
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from ray import cloudpickle
 from pipelines.cluster import Share
 from pipelines.pool import Pool
 from pixart_data.commits import Record
-from pixart_data.errors import ConfigError, JobError
+from pixart_data.errors import ConfigError, JobError, TransientError
 
 pytestmark = pytest.mark.usefixtures("ray_here")
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import the tests
@@ -54,23 +55,54 @@ class FakeStage:
         return Record(unit.id, "", {}, 3, 2, {"x": 1}, [])
 
     def misbehave(self, unit, report):
-        if unit.what == "raise":
-            raise ValueError(f"first line\n{unit.id} is broken")
-        if unit.what == "odd":
-            raise OddError("one", "two")
-        if unit.what == "setting":
-            raise ConfigError("captions.column: no such column")
-        if unit.what == "storage":
-            raise JobError("/out: cannot write: the disk is full")
-        if unit.what == "exit":
-            os._exit(7)
-        if unit.what == "signal":
-            os.kill(self.driver, signal.SIGTERM)
-            time.sleep(60)
-        if unit.what == "wait":
-            report(5, 2)
-            while not (Path(unit.folder) / "go").exists():
-                time.sleep(0.01)
+        if unit.what:
+            getattr(self, unit.what.replace("-", "_"))(unit, report)
+
+    def fail(self, unit, report):
+        raise ValueError(f"first line\n{unit.id} is broken")
+
+    def odd(self, unit, report):
+        raise OddError("one", "two")
+
+    def setting(self, unit, report):
+        raise ConfigError("captions.column: no such column")
+
+    def storage(self, unit, report):
+        raise JobError("/out: cannot write: the disk is full")
+
+    def passes(self, unit, report):
+        raise TransientError("/out: cannot write: stale file handle")
+
+    def exit(self, unit, report):
+        os._exit(7)
+
+    def slow_exit(self, unit, report):
+        time.sleep(1)
+        os._exit(7)
+
+    def slow(self, unit, report):
+        time.sleep(4)
+
+    def hang(self, unit, report):
+        report(1, 0)
+        time.sleep(300)
+
+    def freeze(self, unit, report):
+        """Stop the whole process, as a driver that does not come back does."""
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    def signal(self, unit, report):
+        os.kill(self.driver, signal.SIGTERM)
+        time.sleep(60)
+
+    def terminate(self, unit, report):
+        os.kill(self.driver, signal.SIGTERM)
+        time.sleep(2)
+
+    def wait(self, unit, report):
+        report(5, 2)
+        while not (Path(unit.folder) / "go").exists():
+            time.sleep(0.01)
 
 
 def no_model():
@@ -89,6 +121,32 @@ def nothing(rows, rejected):
     pass
 
 
+class Silent:
+    """A watch that remembers what it was told."""
+
+    def __init__(self, live=nothing):
+        self.live = live
+        self.failures = []
+        self.notes = Counter()
+
+    def workers(self, num_working, num_waiting):
+        pass
+
+    def unit_failed(self, unit, attempt, reason, final):
+        self.failures.append((unit, attempt, reason, final))
+
+    def note(self, kind, count=1):
+        self.notes[kind] += count
+
+
+def make_pool(build, share, max_attempts, watch=None, **options):
+    return Pool(build, share, max_attempts, watch or Silent(), **options)
+
+
+def records_of(pool, units):
+    return [done.record for done, _ in pool.work(units)]
+
+
 def attempts(tmp_path, unit):
     return len((tmp_path / unit).read_text().splitlines())
 
@@ -99,8 +157,8 @@ def tasks(tmp_path):
 
 
 def test_every_unit_is_done_once_by_workers_that_load_once(tmp_path, tasks):
-    pool = Pool(FakeStage, TWO, 3)
-    records = list(pool.work(tasks(*[""] * 20), nothing))
+    pool = make_pool(FakeStage, TWO, 3)
+    records = records_of(pool, tasks(*[""] * 20))
     assert sorted(record.unit for record in records) == sorted(f"u{i}" for i in range(20))
     assert not pool.failed
     assert all(attempts(tmp_path, f"u{i}") == 1 for i in range(20))
@@ -108,8 +166,12 @@ def test_every_unit_is_done_once_by_workers_that_load_once(tmp_path, tasks):
 
 
 def test_a_unit_that_keeps_failing_is_set_aside_and_the_others_finish(tmp_path, tasks):
-    pool = Pool(FakeStage, TWO, 2)
-    records = list(pool.work(tasks("raise", "", "odd", "", ""), nothing))
+    watch = Silent()
+    pool = make_pool(FakeStage, TWO, 2, watch)
+    records = records_of(pool, tasks("fail", "", "odd", "", ""))
+    assert sorted((unit, attempt, final) for unit, attempt, _, final in watch.failures) == [
+        *(("u0", 1, False), ("u0", 2, True), ("u2", 1, False), ("u2", 2, True)),
+    ]
     assert sorted(record.unit for record in records) == ["u1", "u3", "u4"]
     assert pool.failed.keys() == {"u0", "u2"}
     assert pool.failed["u0"].endswith("u0 is broken")
@@ -119,16 +181,16 @@ def test_a_unit_that_keeps_failing_is_set_aside_and_the_others_finish(tmp_path, 
 
 def test_a_worker_that_dies_is_replaced_and_its_unit_tried_again(tmp_path):
     units = [Task("dies", str(tmp_path), "exit", 1), *(Task(f"u{i}", str(tmp_path)) for i in range(4))]
-    pool = Pool(FakeStage, ONE, 3)
-    assert {record.unit for record in pool.work(units, nothing)} == {unit.id for unit in units}
+    pool = make_pool(FakeStage, ONE, 3)
+    assert {record.unit for record in records_of(pool, units)} == {unit.id for unit in units}
     pids = (tmp_path / "dies").read_text().splitlines()
     assert len(set(pids)) == 2
     assert not pool.failed
 
 
 def test_a_unit_that_kills_every_worker_is_set_aside(tmp_path, tasks):
-    pool = Pool(FakeStage, ONE, 2)
-    assert [record.unit for record in pool.work(tasks("exit", "", ""), nothing)] == ["u1", "u2"]
+    pool = make_pool(FakeStage, ONE, 2)
+    assert [record.unit for record in records_of(pool, tasks("exit", "", ""))] == ["u1", "u2"]
     assert pool.failed["u0"].startswith("its worker died")
     assert attempts(tmp_path, "u0") == 2
 
@@ -136,7 +198,7 @@ def test_a_unit_that_kills_every_worker_is_set_aside(tmp_path, tasks):
 @pytest.mark.parametrize(("what", "kind"), [("setting", ConfigError), ("storage", JobError)])
 def test_what_no_retry_can_mend_ends_the_job_with_the_same_words(tmp_path, tasks, what, kind):
     with pytest.raises(kind) as caught:
-        list(Pool(FakeStage, ONE, 3).work(tasks(what, "", ""), nothing))
+        records_of(make_pool(FakeStage, ONE, 3), tasks(what, "", ""))
     expected = {"setting": "captions.column: no such column", "storage": "/out: cannot write: the disk is full"}
     assert str(caught.value) == expected[what]
     assert attempts(tmp_path, "u0") == 1
@@ -144,34 +206,95 @@ def test_what_no_retry_can_mend_ends_the_job_with_the_same_words(tmp_path, tasks
 
 def test_a_wrong_setting_found_while_loading_ends_the_job_at_once(tmp_path, tasks):
     with pytest.raises(ConfigError) as caught:
-        list(Pool(no_model, TWO, 3).work(tasks("", ""), nothing))
+        records_of(make_pool(no_model, TWO, 3), tasks("", ""))
     assert str(caught.value) == "captioner.model: no such folder: /no; give a folder"
     assert not list(tmp_path.iterdir())
 
 
 def test_a_bug_while_loading_is_not_hidden(tasks):
     with pytest.raises(JobError, match="workers keep failing while they load the model .*a bug"):
-        list(Pool(broken, ONE, 3).work(tasks(""), nothing))
+        records_of(make_pool(broken, ONE, 3), tasks(""))
 
 
 def test_workers_that_die_while_they_load_end_the_job(tasks):
     with pytest.raises(JobError, match="workers keep failing while they load .*cluster.num_workers a smaller number"):
-        list(Pool(no_memory, ONE, 3).work(tasks("", ""), nothing))
+        records_of(make_pool(no_memory, ONE, 3), tasks("", ""))
 
 
 def test_a_job_in_which_nothing_succeeds_is_not_tried_to_its_end(tmp_path, tasks):
     with pytest.raises(JobError, match="the first 10 attempts all failed, .* is broken; mend the cause"):
-        list(Pool(FakeStage, ONE, 3).work(tasks(*["raise"] * 50), nothing))
+        records_of(make_pool(FakeStage, ONE, 3), tasks(*["fail"] * 50))
     assert sum(attempts(tmp_path, path.name) for path in tmp_path.iterdir()) == 10
 
 
-def test_sigterm_ends_the_job_and_its_handler_is_put_back(tmp_path, tasks):
+def test_sigterm_ends_the_job_and_its_handler_is_put_back(tmp_path, tasks, monkeypatch):
+    monkeypatch.setattr("pipelines.pool._GRACE_S", 3.0)
     before = signal.getsignal(signal.SIGTERM)
     started_s = time.monotonic()
     with pytest.raises(JobError, match="stopped by SIGTERM; run the same command again to go on where it was"):
-        list(Pool(partial(FakeStage, os.getpid()), ONE, 3).work(tasks("signal", ""), nothing))
+        records_of(make_pool(partial(FakeStage, os.getpid()), ONE, 3), tasks("signal", ""))
     assert time.monotonic() - started_s < 30
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_units_in_flight_may_end_after_sigterm_and_no_others_begin(tmp_path, tasks):
+    ended = []
+    pool = make_pool(partial(FakeStage, os.getpid()), ONE, 3)
+    with pytest.raises(JobError, match="stopped by SIGTERM"):
+        deque(map(ended.append, pool.work(tasks("terminate", ""))), maxlen=0)
+    assert [done.record.unit for done, _ in ended] == ["u0"]
+    assert not (tmp_path / "u1").exists()
+
+
+@pytest.mark.parametrize("what", ["hang", "freeze"])
+def test_a_hung_worker_is_killed_and_its_unit_tried_again(tmp_path, what):
+    watch = Silent()
+    pool = make_pool(FakeStage, ONE, 3, watch, stall_s=4.0)
+    units = [Task("u0", str(tmp_path), what, 1), Task("u1", str(tmp_path))]
+    assert sorted(record.unit for record in records_of(pool, units)) == ["u0", "u1"]
+    assert watch.notes["worker_hung"] == 1
+    assert "no row in 4 s, its worker was killed (cluster.stall_s)" in watch.failures[0][2]
+    assert len(set((tmp_path / "u0").read_text().split())) == 2
+
+
+def test_a_unit_that_always_hangs_is_set_aside(tmp_path, tasks):
+    pool = make_pool(FakeStage, ONE, 2, stall_s=2.0)
+    assert [record.unit for record in records_of(pool, tasks("hang", ""))] == ["u1"]
+    assert "no row in 2 s" in pool.failed["u0"]
+
+
+def test_storage_that_fails_for_a_while_is_tried_again_after_a_pause(tmp_path):
+    watch = Silent()
+    pool = make_pool(FakeStage, ONE, 3, watch)
+    started_s = time.monotonic()
+    units = [Task("u0", str(tmp_path), "passes", 1), Task("u1", str(tmp_path))]
+    assert [record.unit for record in records_of(pool, units)] == ["u1", "u0"]
+    assert time.monotonic() - started_s > 2
+    assert attempts(tmp_path, "u0") == 2
+
+
+def test_a_neighbour_of_a_unit_that_kills_its_worker_is_not_set_aside(tmp_path):
+    """Two units share a worker; one of them kills it each time. The other one is done, whatever it takes."""
+    pool = make_pool(FakeStage, ONE, 2, units_per_worker=2)
+    units = [Task("bad", str(tmp_path), "slow-exit"), *(Task(f"u{i}", str(tmp_path), "slow") for i in range(2))]
+    assert sorted(record.unit for record in records_of(pool, units)) == ["u0", "u1"]
+    assert pool.failed.keys() == {"bad"}
+    assert attempts(tmp_path, "bad") == 2
+
+
+def test_two_units_share_a_worker(tmp_path, tasks):
+    began_s = time.monotonic()
+    pool = make_pool(FakeStage, ONE, 2, units_per_worker=2)
+    assert len(records_of(pool, tasks("slow", "slow", "slow", "slow"))) == 4
+    assert time.monotonic() - began_s < 15
+    assert len({pid for i in range(4) for pid in (tmp_path / f"u{i}").read_text().split()}) == 1
+
+
+def test_the_pool_grows_with_the_cluster(tmp_path, tasks, monkeypatch):
+    monkeypatch.setattr("pipelines.pool._GROW_EVERY_S", 0.5)
+    pool = make_pool(FakeStage, ONE, 2, grow=lambda: 2)
+    assert len(records_of(pool, tasks(*["slow"] * 4))) == 4
+    assert len({pid for i in range(4) for pid in (tmp_path / f"u{i}").read_text().split()}) == 2
 
 
 def test_rows_in_flight_are_told_while_a_unit_runs(tmp_path, tasks):
@@ -182,18 +305,18 @@ def test_rows_in_flight_are_told_while_a_unit_runs(tmp_path, tasks):
         if (5, 2) in told:
             (tmp_path / "go").touch()
 
-    [record] = Pool(FakeStage, ONE, 3).work(tasks("wait"), live)
+    [record] = records_of(make_pool(FakeStage, ONE, 3, Silent(live)), tasks("wait"))
     assert record.unit == "u0"
     assert (5, 2) in told
 
 
 def test_no_workers_are_left_behind(tasks):
     """What they hold is free again, after a job that went well and after one that did not."""
-    list(Pool(FakeStage, TWO, 3).work(tasks("", ""), nothing))
+    records_of(make_pool(FakeStage, TWO, 3), tasks("", ""))
     with pytest.raises(ConfigError) as first:
-        list(Pool(no_model, TWO, 3).work(tasks("", ""), nothing))
+        records_of(make_pool(no_model, TWO, 3), tasks("", ""))
     with pytest.raises(JobError) as second:
-        list(Pool(FakeStage, TWO, 3).work(tasks("storage", ""), nothing))
+        records_of(make_pool(FakeStage, TWO, 3), tasks("storage", ""))
     deadline_s = time.monotonic() + 20
     while ray.available_resources().get("CPU") != pytest.approx(ray.cluster_resources()["CPU"]):
         assert time.monotonic() < deadline_s, ray.available_resources()
@@ -206,17 +329,15 @@ def files(root):
     return {
         path.relative_to(root).as_posix(): path.read_bytes()
         for path in root.rglob("*")
-        if path.is_file() and path.name not in (".lock", "job.toml")
+        if path.is_file() and path.name != "job.toml"
     }
 
 
 def same_on_ray(build, root, elsewhere, units):
-    """A stage called here, and the same one in workers, on two outputs: equal files and records but for seconds."""
+    """A stage called here, and the same one in workers, on two outputs: equal files and records."""
     direct = {unit.id: build(elsewhere)(unit, nothing) for unit in units}
-    on_ray = {record.unit: record for record in Pool(partial(build, root), TWO, 1).work(units, nothing)}
-    assert {unit: replace(record, seconds=0) for unit, record in on_ray.items()} == {
-        unit: replace(record, seconds=0) for unit, record in direct.items()
-    }
+    on_ray = {record.unit: record for record in records_of(make_pool(partial(build, root), TWO, 1), units)}
+    assert on_ray == direct
     assert files(root) == files(elsewhere)
     assert len(files(root)) >= len(units)
 

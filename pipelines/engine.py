@@ -1,0 +1,38 @@
+"""A loaded model that several units share: one call at a time, the time inside it counted."""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+M = TypeVar("M", bound=Callable[[dict[str, Any]], dict[str, Any]])
+
+_thread = threading.local()
+
+
+class Engine(Generic[M]):
+    """Lets the units of a worker take turns at its model.
+
+    While one unit decodes its last pictures or publishes its files, the other keeps the model busy.
+
+    Attributes:
+        model: The model, a callable over column batches.
+    """
+
+    def __init__(self, model: M) -> None:
+        self.model = model
+        self._turn = threading.Lock()
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Return what the model makes of a batch."""
+        with self._turn:
+            started_s = time.monotonic()
+            try:
+                return self.model(batch)
+            finally:
+                _thread.busy_s = busy_s() + time.monotonic() - started_s
+
+
+def busy_s() -> float:
+    """Return the seconds that this thread has spent inside of models."""
+    return float(getattr(_thread, "busy_s", 0.0))
