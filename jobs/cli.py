@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from jobs.shape import WATCHED, submit_parser, watch_parser
 from pixart_data.config import Section, load
 from pixart_data.errors import ConfigError, PixArtError
 from pixart_data.logs import is_json, talk
@@ -82,19 +83,14 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 2 settings, 3 data, 4 machine; 1, with a traceback, a bug."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    outer = None
-    if words[:1] == ["submit"] and words[1:2] not in ([], ["-h"], ["--help"]):
-        # `submit` takes its own options from anywhere on the line; what is left is the command to submit.
-        outer, words = submit_parser().parse_known_args(words[1:])
-    args, unknown = parser().parse_known_args(words)
-    if unknown:
-        args.usage.error(f"unrecognized: {' '.join(unknown)}; keys of the job file are set with --set KEY=VALUE")
+    outer, args = parse(sys.argv[1:] if argv is None else argv)
     name = "submit" if outer else args.command
     try:
         if args.command == "submit":
             raise ConfigError("expected one command to submit, e.g. pixart submit caption job.toml")
         talk(PACKAGES, name, args.verbose, args.log_json)
+        if outer and args.command in WATCHED:
+            return int(resolve("jobs.submit:attend", "data")(args.command, args.id, outer))
         job = read_job(args)
         if outer:
             return int(resolve("jobs.submit:submit", "data")(args.command, job, outer, args.verbose))
@@ -111,6 +107,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(name, "stopped; run the same command again to go on where it was", 130)
         return 130
     return 0
+
+
+def parse(words: Sequence[str]) -> tuple[argparse.Namespace | None, argparse.Namespace]:
+    """Read a command line: what `submit` takes, which may stand anywhere on it (None without submit), and the rest."""
+    outer, rest = None, list(words)
+    if rest[:1] == ["submit"] and rest[1:2] not in ([], ["-h"], ["--help"]):
+        outer, rest = submit_parser().parse_known_args(rest[1:])
+    args, unknown = (watch_parser() if outer and rest[:1] and rest[0] in WATCHED else parser()).parse_known_args(rest)
+    if unknown:
+        args.usage.error(f"unrecognized: {' '.join(unknown)}; keys of the job file are set with --set KEY=VALUE")
+    return outer, args
 
 
 def parser() -> argparse.ArgumentParser:
@@ -130,25 +137,8 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("-v", "--verbose", action="store_true", help="say more")
         sub.add_argument("--log-json", action="store_true", help="log one JSON object a line to stderr")
         sub.set_defaults(usage=sub)
-    commands.add_parser("submit", parents=[submit_parser()], help="run any of these on a Ray cluster", add_help=False)
+    commands.add_parser("submit", parents=[submit_parser()], help="run any of these on a cluster", add_help=False)
     return top
-
-
-def submit_parser() -> argparse.ArgumentParser:
-    """Return the parser of what `submit` itself takes."""
-    sub = argparse.ArgumentParser(
-        prog="pixart submit",
-        usage="pixart submit COMMAND [job.toml ...] [--address URL] [--gpus N] [--dry-run]",
-        description=(
-            "Run a command line on a Ray cluster, follow its log, and exit as it does. COMMAND and what follows it are "
-            "typed as without submit: pixart submit caption job.toml --address http://HEAD:8265"
-        ),
-        allow_abbrev=False,
-    )
-    sub.add_argument("--address", help="the cluster's dashboard; default: RAY_API_SERVER_ADDRESS or 127.0.0.1:8265")
-    sub.add_argument("--gpus", type=float, default=0.0, help="GPUs for the command itself: train and sample")
-    sub.add_argument("--dry-run", action="store_true", help="validate, show what would be submitted, and stop")
-    return sub
 
 
 def read_job(args: argparse.Namespace) -> Section:

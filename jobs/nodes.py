@@ -6,6 +6,8 @@ node that joins later would be left without work.
 
 import argparse
 import logging
+import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -93,19 +95,29 @@ def _counts(node: dict[str, Any], gpus_per_node: int) -> bool:
 
 
 def _connect(ray: Any, timeout_s: float) -> None:
-    """Connect to the cluster that RAY_ADDRESS names, which may still be starting."""
+    """Connect to the cluster that RAY_ADDRESS names, which may still be starting.
+
+    Ray itself would try for many minutes; a plain connection tells sooner whether anybody listens.
+    """
+    address = os.environ.get("RAY_ADDRESS", "")
+    host, sign, port = address.rpartition(":")
+    if not sign or not port.isdecimal():
+        raise JobError(f"RAY_ADDRESS: expected HOST:PORT of a running head, found {address!r}; set it")
     deadline_s = time.monotonic() + timeout_s
     while True:
         try:
-            ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+            socket.create_connection((host, int(port)), timeout=_POLL_S).close()
+            break
+        except OSError as error:
             if time.monotonic() >= deadline_s:
                 raise JobError(
-                    f"nodes: expected a Ray head to answer within {timeout_s:g} s, found none: {error}; see its log"
+                    f"{address}: expected a Ray head to answer within {timeout_s:g} s: {error}; see the head's log"
                 ) from error
-            time.sleep(_POLL_S)
-        else:
-            return
+            time.sleep(_POLL_S)  # nothing tells when a port on another machine opens
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise JobError(f"{address}: expected a Ray head, found none: {error}; see the head's log") from error
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -12,6 +12,11 @@ from pathlib import Path
 from pixart_data.errors import ConfigError
 
 TARGETS = ("ray", "slurm", "k8s")
+WATCHED = {
+    "status": "say how a job on a Ray cluster is, or list all",
+    "logs": "follow the log of a job on a Ray cluster, and exit as the job does",
+    "stop": "stop a job on a Ray cluster in order, and wait until it is gone",
+}
 MOUNT_FORM = "SOURCE:/PATH"
 
 
@@ -53,8 +58,42 @@ class Shape:
     mounts: tuple[tuple[str, str], ...] = ()
 
 
-def add_arguments(sub: argparse.ArgumentParser) -> None:
-    """Add the options that say where to, and how much."""
+def submit_parser() -> argparse.ArgumentParser:
+    """Return the parser of what `submit` itself takes."""
+    sub = argparse.ArgumentParser(
+        prog="pixart submit",
+        usage="pixart submit COMMAND [job.toml ...] [--on ray|slurm|k8s] [--print] [--nodes N] ...\n"
+        "       pixart submit status|logs|stop [ID] [--address URL]",
+        description=(
+            "Run a command line on a Ray cluster, follow its log, and exit as it does; or hand it to Slurm or "
+            "Kubernetes. COMMAND and what follows it are typed as without submit: "
+            "pixart submit caption job.toml --address http://HEAD:8265"
+        ),
+        epilog="status, logs and stop are for jobs on a Ray cluster; status without an ID lists them.",
+        allow_abbrev=False,
+    )
+    sub.add_argument("--address", help="the cluster's dashboard; default: RAY_API_SERVER_ADDRESS or 127.0.0.1:8265")
+    sub.add_argument("--gpus", type=float, default=0.0, help="GPUs for the command itself: train and sample")
+    sub.add_argument("--no-follow", action="store_true", help="print the job's ID and stop; logs: what there is so far")
+    sub.add_argument("--dry-run", action="store_true", help="validate, show what would be submitted, and stop")
+    _add_places(sub)
+    return sub
+
+
+def watch_parser() -> argparse.ArgumentParser:
+    """Return the parser of `status`, `logs` and `stop` behind `submit`."""
+    top = argparse.ArgumentParser(prog="pixart submit", allow_abbrev=False)
+    commands = top.add_subparsers(dest="command", required=True)
+    for word, text in WATCHED.items():
+        sub = commands.add_parser(word, help=text, description=text, allow_abbrev=False)
+        sub.add_argument("id", nargs="?" if word == "status" else None, help="as submit said it: raysubmit_...")
+        sub.add_argument("-v", "--verbose", action="store_true", help="say more")
+        sub.add_argument("--log-json", action="store_true", help="log one JSON object a line to stderr")
+        sub.set_defaults(usage=sub)
+    return top
+
+
+def _add_places(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--on", choices=TARGETS, default="ray", help="default: a Ray cluster, through its job API")
     sub.add_argument("--print", action="store_true", help="print what would be applied, to keep and to edit, and stop")
     sub.add_argument("--name", help="of the job or cluster (default: pixart-COMMAND)")

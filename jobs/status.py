@@ -177,7 +177,7 @@ def _pace(status: Status, now_unix_s: float, alive: bool) -> Iterator[tuple[str,
     total, left = status.total, status.seconds_left()
     parts = [f"{total.rows_per_s:,.1f} rows/s over {duration(total.elapsed_s)} of work"]
     if alive:
-        parts.insert(0, f"{status.this_run.rows_per_s:,.1f} in this run")
+        parts.insert(0, f"{status.ran.rows_per_s:,.1f} in this run")
         if status.rows_per_s_now is not None:
             parts.insert(0, f"{status.rows_per_s_now:,.1f} rows/s now")
     yield "rate", ", ".join(parts)

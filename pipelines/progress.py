@@ -233,9 +233,8 @@ class Progress:
 
     def _ran(self) -> Tally:
         """This run's tally up to now, units in flight included."""
-        status = self._status
-        status.this_run.elapsed_s = max(time.monotonic() - self._began_s, 0.0)
-        return status.this_run.model_copy(update={"rows": status.this_run.rows + status.live_rows})
+        self._status.this_run.elapsed_s = max(time.monotonic() - self._began_s, 0.0)
+        return self._status.ran
 
     def _tick(self, force: bool = False) -> None:
         rows, now_s = self._ran().rows, time.monotonic()
@@ -273,12 +272,13 @@ class Progress:
     def _write(self) -> None:
         self._written_s = time.monotonic()
         self._status.updated_unix_s = time.time()
-        self._written = self._status.model_copy(deep=True)
-        self._writer.put(self._run.root / STATUS_FILE, self._written.to_bytes())
+        self._written = self._status.to_bytes()
+        self._writer.put(self._run.root / STATUS_FILE, self._written)
 
     def _beat(self) -> None:
         """Say that the driver lives while it has nothing new to say: it waits for the cluster, or makes an index."""
-        told = self._written.model_copy(update={"updated_unix_s": time.time()})
+        told = Status.model_validate_json(self._written)  # not the present one: that is another thread's
+        told.updated_unix_s = time.time()
         self._writer.put(self._run.root / STATUS_FILE, told.to_bytes())
 
 
@@ -305,7 +305,7 @@ def _begin(run: RunFacts, found: Status | None, has_work: bool) -> Status:
     if found is not None and has_work:
         done = {record.unit for record in run.done}
         status.num_runs += found.num_runs
-        status.before = found.total
+        status.before = found.before.plus(found.this_run)  # rows in flight went with their driver
         status.failed = {
             name: unit.model_copy(update={"set_aside": False})  # it is tried again
             for name, unit in found.failed.items()

@@ -67,6 +67,10 @@ class Host:
     rests_until_s: float = 0.0
     num_failures: int = 0
 
+    def rest_s(self) -> float:
+        """Return for how long the server is still left in peace."""
+        return max(self.rests_until_s - time.monotonic(), 0.0)
+
     def fail(self, pause_s: float | None) -> None:
         """Let the server rest: as long as it asked, else twice as long as the last time.
 
@@ -139,19 +143,26 @@ class Chats:
 
     @contextlib.asynccontextmanager
     async def _slot(self, hosts: Sequence[Host]) -> AsyncIterator[Host]:
-        """Wait for one of the requests that may be in flight, and for a server that does not rest."""
-        async with self._slots:
-            while True:
-                host = min(hosts, key=lambda h: (max(h.rests_until_s, time.monotonic()), h.in_flight))
-                pause_s = host.rests_until_s - time.monotonic()
-                if pause_s <= 0:
-                    break
+        """Wait for a server that does not rest and for one of the requests that may be in flight, in this order.
+
+        A request that waits for a server that is away must not keep others from the servers that are well.
+        """
+        while True:
+            pause_s = _least_busy(hosts).rest_s()
+            if pause_s:
                 await asyncio.sleep(pause_s)
-            host.in_flight += 1
-            try:
-                yield host
-            finally:
-                host.in_flight -= 1
+                continue
+            await self._slots.acquire()
+            host = _least_busy(hosts)
+            if not host.rest_s():
+                break
+            self._slots.release()
+        host.in_flight += 1
+        try:
+            yield host
+        finally:
+            host.in_flight -= 1
+            self._slots.release()
 
     async def _post(self, host: Host, body: dict[str, Any]) -> Reply:
         import aiohttp
@@ -177,6 +188,11 @@ class Chats:
             raise Refused(response.status, f"{host.url} answered {response.status} {more or _shown(data)}")
         host.num_failures = 0
         return _reply(host, data)
+
+
+def _least_busy(hosts: Sequence[Host]) -> Host:
+    now_s = time.monotonic()
+    return min(hosts, key=lambda host: (max(host.rests_until_s - now_s, 0.0), host.in_flight))
 
 
 def backoff_s(num_failures: int) -> float:

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from pixart_data.errors import DataError, JobError
 from pixart_data.storage import (
     TEMPORARY,
+    abort_uploads,
     delete,
     list_files,
     local_copy,
@@ -165,7 +166,7 @@ def sweep(root: Path, directories: Iterable[Path]) -> int:
         found = list_files(directory)
         leftovers += (p for p in found if _is_temporary(p))
         leftovers += (p for p in found if _PUBLISHED.fullmatch(p.name) and p.relative_to(root).as_posix() not in named)
-    return delete(leftovers)
+    return delete(leftovers) + abort_uploads(root)
 
 
 def _is_temporary(path: Path) -> bool:

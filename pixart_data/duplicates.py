@@ -5,6 +5,7 @@ each duplicate, an earlier sample that it repeats: the first of a group is never
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import combinations
 from math import comb, log2
 from typing import Any
@@ -17,6 +18,7 @@ Indices = NDArray[np.signedinteger[Any]]
 
 HASH_BITS = 64
 _CHUNK = 1 << 22  # positions compared at once: bounds the memory beside the sorted arrays
+_MIXER = np.uint64(0x9E3779B97F4A7C15)  # 2 ** 64 / golden ratio (Knuth): all bits of a number reach the upper ones
 _SORT_NS, _PAIR_NS = 6.0, 12.0  # of one element and level, of one comparison; they only decide how hashes are cut
 
 
@@ -80,39 +82,58 @@ def _repeats(values: NDArray[np.uint64], order: Indices) -> tuple[Indices, Indic
     return first, np.sort(order[fresh])
 
 
+@dataclass(frozen=True)
+class _Table:
+    """Hashes sorted by one choice of blocks: `ranked` has a digest of the blocks above, the index below."""
+
+    hashes: NDArray[np.uint64]
+    ranked: NDArray[np.uint64]
+    index_bits: np.uint64
+    max_distance_bits: int
+
+    def compare(self, positions: NDArray[np.int64], found: Indices) -> None:
+        """Compare what is at each position with those before it that agree in the blocks, until one is near.
+
+        Those before it come earlier in the source, too: they have the smaller index.
+        """
+        here = self._index(positions)
+        fresh = found[here] < 0
+        positions, here = positions[fresh], here[fresh]
+        distance = 0
+        while len(positions):
+            distance += 1
+            inside = positions >= distance
+            positions, here = positions[inside], here[inside]
+            before = positions - distance
+            alike = (self.ranked[positions] ^ self.ranked[before]) >> self.index_bits == 0
+            positions, here = positions[alike], here[alike]
+            earlier = self._index(before[alike])
+            near = np.bitwise_count(self.hashes[here] ^ self.hashes[earlier]) <= self.max_distance_bits
+            found[here[near]] = earlier[near]
+            positions, here = positions[~near], here[~near]
+
+    def _index(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        below = (np.uint64(1) << self.index_bits) - np.uint64(1)
+        return (self.ranked[positions] & below).astype(np.int64)
+
+
 def _near(hashes: NDArray[np.uint64], max_distance_bits: int) -> Indices:
-    found = np.full(len(hashes), -1, dtype=index_type(len(hashes)))
+    """Find near ones among different hashes."""
+    found: Indices = np.full(len(hashes), -1, dtype=index_type(len(hashes)))
+    index_bits = np.uint64(max(len(hashes) - 1, 1).bit_length())
     for mask in _masks(len(hashes), max_distance_bits):
-        order = _order(hashes & mask)
-        ranked = hashes[order]
-        for start in range(1, len(order), _CHUNK):
-            positions = np.arange(start, min(start + _CHUNK, len(order)))
-            _compare(ranked, order, positions[found[order[positions]] < 0], (mask, max_distance_bits), found)
+        # One number for each hash, which is sorted in place: a digest of the masked bits, then the index. Digests that
+        # are alike by accident cost a comparison.
+        ranked = hashes & mask
+        ranked *= _MIXER
+        ranked >>= index_bits
+        ranked <<= index_bits
+        ranked |= np.arange(len(hashes), dtype=np.uint64)
+        ranked.sort()
+        table = _Table(hashes, ranked, index_bits, max_distance_bits)
+        for start in range(1, len(ranked), _CHUNK):
+            table.compare(np.arange(start, min(start + _CHUNK, len(ranked))), found)
     return found
-
-
-def _compare(
-    ranked: NDArray[np.uint64],
-    order: Indices,
-    positions: Indices,
-    rule: tuple[np.uint64, int],
-    found: Indices,
-) -> None:
-    """Compare each position with those before it that agree under the mask, until one is near.
-
-    Those before it come earlier in the source, too, because the sort is stable.
-    """
-    mask, max_distance_bits = rule
-    distance = 0
-    while len(positions):
-        distance += 1
-        positions = positions[positions >= distance]
-        differing = ranked[positions] ^ ranked[positions - distance]
-        alike = (differing & mask) == 0
-        positions, differing = positions[alike], differing[alike]
-        near = np.bitwise_count(differing) <= max_distance_bits
-        found[order[positions[near]]] = order[positions[near] - distance]
-        positions = positions[~near]
 
 
 def _masks(num_hashes: int, max_distance_bits: int) -> Iterator[np.uint64]:

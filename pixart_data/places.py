@@ -114,9 +114,9 @@ class Store:
         bucket, *parts = rest.split("/")
         root = f"{protocol}://{bucket}"
         matches = sorted(set(self._match(root, parts)))
+        if (root in matches or not matches) and self._entries(root) is None:
+            raise ConfigError(f"source.paths: there is no bucket {root}; check its name, and AWS_ENDPOINT_URL")
         if not matches:
-            if self._entries(root) is None:
-                raise ConfigError(f"source.paths: there is no bucket {root}; check its name, and AWS_ENDPOINT_URL")
             raise ConfigError(f"source.paths: nothing matches {pattern}; check the path with `aws s3 ls {root}/`")
         return matches
 

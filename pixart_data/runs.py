@@ -150,9 +150,14 @@ class Status(_Part):
     # What is derived
 
     @property
+    def ran(self) -> Tally:
+        """What this run worked so far, with the rows of units in flight."""
+        return self.this_run.model_copy(update={"rows": self.this_run.rows + self.live_rows})
+
+    @property
     def total(self) -> Tally:
-        """What all runs worked, this one included."""
-        return self.before.plus(self.this_run)
+        """What all runs worked so far, with the rows of units in flight."""
+        return self.before.plus(self.ran)
 
     @property
     def num_set_aside(self) -> int:
@@ -184,13 +189,12 @@ class Status(_Part):
         """
         if not self.num_left:
             return 0.0
-        rows, rows_left = self.this_run.rows + self.live_rows, self._rows_left()
-        if not rows or rows_left is None:
-            units = self.this_run.units
-            return self.this_run.elapsed_s / units * self.num_left if units else None
-        if self.this_run.worker_s > 0:
-            return rows_left * self.this_run.worker_s / rows / self.num_working if self.num_working else None
-        return rows_left * self.this_run.elapsed_s / rows
+        ran, rows_left = self.ran, self._rows_left()
+        if not ran.rows or rows_left is None:
+            return ran.elapsed_s / ran.units * self.num_left if ran.units else None
+        if ran.worker_s > 0:
+            return rows_left * ran.worker_s / ran.rows / self.num_working if self.num_working else None
+        return rows_left * ran.elapsed_s / ran.rows
 
     def cost(self) -> float | None:
         """Dollars so far, over all runs; None without a price."""
@@ -198,11 +202,10 @@ class Status(_Part):
 
     def cost_in_all(self) -> float | None:
         """Dollars to the end, at the pace of all runs; None without a price, or before anything is done."""
-        cost, total, rows_left = self.cost(), self.total, self._rows_left()
-        rows = total.rows + self.live_rows
-        if cost is None or (self.num_left and (not rows or rows_left is None)):
-            return None
-        return cost + cost * (rows_left or 0.0) / rows if self.num_left else cost
+        cost, rows, rows_left = self.cost(), self.total.rows, self._rows_left()
+        if cost is None or not self.num_left:
+            return cost
+        return cost + cost * rows_left / rows if rows and rows_left is not None else None
 
     def _rows_left(self) -> float | None:
         rows_per_unit = self.rows_in / self.num_done if self.num_done else None
@@ -227,10 +230,10 @@ class Status(_Part):
 
     def add_point(self, force: bool = False) -> None:
         """Add the present to the timeline if the last point is old enough."""
-        elapsed_s = self.total.elapsed_s
-        if not force and self.timeline and elapsed_s - self.timeline[-1][0] < self.timeline_every_s:
+        total = self.total
+        if not force and self.timeline and total.elapsed_s - self.timeline[-1][0] < self.timeline_every_s:
             return
-        self.timeline.append((round(elapsed_s, 1), self.total.rows + self.live_rows, self.num_working))
+        self.timeline.append((round(total.elapsed_s, 1), total.rows, self.num_working))
         if len(self.timeline) > _NUM_POINTS:
             self.timeline = self.timeline[::2]
             self.timeline_every_s *= 2
@@ -248,7 +251,7 @@ class Status(_Part):
             "units_left": self.num_left,
             "units_set_aside": self.num_set_aside,
             "rows_rejected": self.num_rejected,
-            "rows_per_s_this_run": self.this_run.rows_per_s,
+            "rows_per_s_this_run": self.ran.rows_per_s,
             "rows_per_s_all_runs": total.rows_per_s,
             "busy_share": total.busy_share,
             "idle_share": None if total.busy_share is None else 1 - total.busy_share,

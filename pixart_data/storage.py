@@ -25,8 +25,8 @@ T = TypeVar("T")
 TEMPORARY = ".tmp-"
 """Prefix of files that are not finished."""
 
-_ATTEMPTS = 6
-_FIRST_WAIT_S = 0.2  # doubled each time: 6 s in all, on top of what the store's own client waits
+_ATTEMPTS = 8
+_FIRST_WAIT_S = 0.2  # doubled each time: 25 s in all
 _TRANSIENT = {
     getattr(errno, name)
     for name in (
@@ -45,14 +45,15 @@ _REASONS = {
     errno.ENOTDIR: "a part of the path is a file; choose another output",
 }
 _FINAL = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
-# Without these a listing made before our own writes would be trusted, and a store that hangs waited for for ever.
+# Without these a listing made before our own writes would be trusted, a store that hangs waited for for ever, and
+# retries made where nobody counts them.
 _STORE_OPTIONS: dict[str, dict[str, Any]] = {
     "s3": {
         "use_listings_cache": False,
         "config_kwargs": {
             "connect_timeout": 10,
             "read_timeout": 60,
-            "retries": {"mode": "standard", "total_max_attempts": 4},
+            "retries": {"mode": "standard", "total_max_attempts": 1},
         },
     }
 }
@@ -167,9 +168,13 @@ def read_many(paths: list[Path]) -> list[bytes]:
     if not paths or not is_remote(paths[0]):
         return [read_bytes(path) for path in paths]
     store: Any = cast(Any, paths[0]).fs
-    names = [cast(Any, path).path for path in paths]
-    found = retrying(lambda: store.cat(names), paths[0].parent, "read")
-    return [found[name] for name in names] if isinstance(found, dict) else [found]
+    found = store.cat([cast(Any, path).path for path in paths], on_error="return")
+    found = found if isinstance(found, dict) else {cast(Any, paths[0]).path: found}
+    contents = (found.get(cast(Any, path).path) for path in paths)
+    return [  # those that failed, one by one
+        content if isinstance(content, bytes) else read_bytes(path)
+        for path, content in zip(paths, contents, strict=True)
+    ]
 
 
 def list_files(directory: Path) -> list[Path]:
@@ -328,6 +333,24 @@ def delete(paths: Iterable[Path]) -> int:
             retrying(path.unlink, path)
             count += 1
     return count
+
+
+def abort_uploads(root: Path) -> int:
+    """Abort uploads below `root` that a killed process left half done, and return how many.
+
+    No listing shows them, and their store is paid for.
+    """
+    store: Any = getattr(root, "fs", None)
+    if not hasattr(store, "list_multipart_uploads"):
+        return 0
+    bucket, _, prefix = cast(Any, root).path.partition("/")
+    uploads = retrying(lambda: store.list_multipart_uploads(bucket), root) or []
+    mine = [upload for upload in uploads if upload["Key"].startswith(f"{prefix}/")]
+    for upload in mine:
+        fields = {"Bucket": bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
+        with contextlib.suppress(FileNotFoundError):
+            retrying(lambda fields=fields: store.call_s3("abort_multipart_upload", **fields), root)  # type: ignore[misc]
+    return len(mine)
 
 
 def sync_dir(directory: Path) -> None:

@@ -174,12 +174,16 @@ class ObjectFile(io.RawIOBase):
     Wrap it in an `io.BufferedReader`.
 
     Raises:
-        DataError: From reads that fail for good, so that nobody takes them for a fault of the format.
+        DataError: If it cannot be read; reads raise no OSError, so that nobody takes it for a fault of the format, or
+            tries again what has been tried again.
     """
 
     def __init__(self, url: str) -> None:
         super().__init__()
-        self.url, self.size_bytes = url, find_entry(url).size_bytes
+        try:
+            self.url, self.size_bytes = url, find_entry(url).size_bytes
+        except OSError as error:
+            raise unreadable(url, error) from error
         self._position = self._begin = 0
         self._data = b""
         self._ahead_bytes = _LEAST_READ_BYTES

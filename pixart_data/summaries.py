@@ -202,6 +202,6 @@ _STYLE = """
 .curve polygon { fill: var(--own); opacity: .75; } .curve line { stroke: var(--line); }
 .curve text { fill: var(--soft); font-size: 12px; }
 tbody th { font-weight: 400; }
-.words td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+.words td { text-align: left; vertical-align: top; white-space: normal; overflow-wrap: anywhere; }
 .words th { text-align: left; vertical-align: top; }
 """

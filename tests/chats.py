@@ -67,6 +67,10 @@ def hang(handler, request):
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
+    def setup(self):
+        super().setup()
+        self.server.connections.append(self.connection)
+
     def do_POST(self):
         data = self.rfile.read(int(self.headers["Content-Length"]))
         self.server.chat.handle(self, Request(json.loads(data), self.headers))
@@ -103,6 +107,7 @@ class ChatServer:
         self._http.request_queue_size = 128
         self._http.handle_error = lambda *_: None
         self._http.chat, self._http.closing = self, threading.Event()
+        self._http.connections = []
         self._http.server_bind()
         self._http.server_activate()
         self.port = self._http.server_address[1]
@@ -116,6 +121,9 @@ class ChatServer:
         self._http.closing.set()
         self._http.shutdown()
         self._http.server_close()
+        for connection in self._http.connections:
+            with suppress(OSError):  # closed already
+                connection.shutdown(socket.SHUT_RDWR)
 
     def handle(self, handler, request):
         with self._lock:

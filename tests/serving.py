@@ -39,12 +39,13 @@ def _await(process, url, log, timeout_s):
 def build_text_only(folder):
     """A miniature language model that sees nothing, with a chat template and the miniature's tokenizer."""
     import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     from pixart_data.miniatures import build_llava
 
     build_llava(folder.with_name("llava"))
-    tokenizer = AutoTokenizer.from_pretrained(folder.with_name("llava"))
+    words = AutoTokenizer.from_pretrained(folder.with_name("llava")).backend_tokenizer
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", pad_token="<pad>")
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)

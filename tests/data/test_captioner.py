@@ -8,6 +8,7 @@ from transformers.utils import logging
 
 from pixart_data.captioner import Captioner
 from pixart_data.errors import ConfigError
+from pixart_data.questions import ask
 from pixart_data.sections import Captioner as Section
 
 logging.disable_progress_bar()
@@ -193,23 +194,34 @@ def test_the_sequence_begins_once(miniatures, tmp_path, images, monkeypatch, in_
         assert [token for token in row if token != 0][0] == 1  # after the padding on the left
 
 
-def test_raw_captions_are_quoted_as_they_are(miniatures):
-    quoting = Captioner(
-        Section(model=miniatures["llava"], prompt="plain", prompt_with_caption='Given "{caption}", go {x}')
-    )
-    assert quoting.prompt("a {caption} in {0} %s \\1\n  two") == 'Given "a {caption} in {0} %s \\1 two", go {x}'
-    assert [quoting.prompt(raw) for raw in (None, "", " \n ")] == ["plain"] * 3
+def test_raw_captions_are_quoted_as_they_are():
+    quoting = Section(prompt="plain", prompt_with_caption='Given "{caption}", go {x}')
+    asked = ask(quoting, "caption", "a {caption} in {0} %s \\1\n  two", ())
+    assert asked == 'Given "a {caption} in {0} %s \\1 two", go {x}'
+    assert [ask(quoting, "caption", raw, ()) for raw in (None, "", " \n ")] == ["plain"] * 3
 
 
-@pytest.mark.parametrize("setting", ["prompt", "prompt_with_caption"])
+def test_without_a_quoting_prompt_captions_are_not_quoted():
+    assert ask(Section(), "caption", "a caption", ()) == Section().prompt
+
+
+def test_a_further_prompt_quotes_the_raw_caption_or_is_not_asked():
+    section = Section(prompt_with_caption="{caption}, you say", prompts={"short": "Short?", "of": 'Of "{caption}"?'})
+    assert list(section.questions) == ["caption", "caption_short", "caption_of"]
+    assert [ask(section, name, "a house", ()) for name in section.questions] == [
+        "a house, you say",
+        "Short?",
+        'Of "a house"?',
+    ]
+    assert [ask(section, name, " ", ()) for name in section.questions] == [section.prompt, "Short?", None]
+
+
+@pytest.mark.parametrize("setting", ["prompt", "prompt_with_caption", "prompts.short"])
 def test_a_token_of_the_model_in_a_prompt_is_a_setting_to_mend(miniatures, setting):
-    words = {setting: "<image> {caption}, what is it?"}
+    section, _, name = setting.partition(".")
+    words = {section: {name: "<image> what is it?"} if name else "<image> {caption}, what is it?"}
     with pytest.raises(ConfigError, match=f"captioner.{setting}: expected words, found .*<image>"):
         Captioner(Section(model=miniatures["llava"], **words))
-
-
-def test_without_a_quoting_prompt_captions_are_not_quoted(llava):
-    assert llava.prompt("a caption") == llava.config.prompt
 
 
 def test_words_that_look_like_special_tokens_do_not_break_a_batch(captioner, images):
@@ -221,36 +233,63 @@ def test_special_tokens_in_a_raw_caption_are_no_special_tokens(folders, images):
     """Alt text can say anything; `<image>` in it would ask for a second image, which fails the batch."""
     for folder, words in ((folders["llava"], "<image>"), (folders["qwen"], "<|image_pad|>")):
         captioner = Captioner(Section(model=folder, max_new_tokens=2, prompt_with_caption='Given "{caption}", go'))
-        batch = {"image": images[:2], "raw_caption": [f"a caption of {words} an</s>{words} image", "What?"]}
-        answers = captioner(batch)["answer"]
+        raw_captions = [f"a caption of {words} an</s>{words} image", "What?"]
+        batch = {"image": images[:2], "raw_caption": raw_captions, "seed": [0, 0]}
+        answers = captioner(batch)["answers"]
         assert len(answers) == 2
-        assert words not in answers[0].prompt
-        assert answers[0].prompt.startswith('Given "a caption of an')
+        assert words not in answers[0]["caption"].prompt
+        assert answers[0]["caption"].prompt.startswith('Given "a caption of an')
 
 
 def test_a_batch_gets_a_column_and_keeps_the_others(captioner, images):
-    batch = {"image": images[:2], "raw_caption": ["raw", None], "key": ["a", "b"]}
+    batch = {"image": images[:2], "raw_caption": ["raw", None], "seed": [0, 1], "key": ["a", "b"]}
     out = captioner(batch)
-    assert out.keys() == {*batch, "answer"}
-    assert out["answer"] == captioner.describe(images[:2], [captioner.config.prompt] * 2)
+    assert out.keys() == {*batch, "answers"}
+    alone = captioner.describe(images[:2], [captioner.config.prompt] * 2)
+    assert out["answers"] == [{"caption": answer} for answer in alone]
     assert out["key"] == ["a", "b"]
+
+
+def test_several_captions_of_each_image(miniatures, images):
+    prompts = {"short": "In short?", "quoting": 'Given "{caption}"?'}
+    captioner = Captioner(Section(model=miniatures["llava"], max_new_tokens=8, prompts=prompts))
+    batch = {"image": images[:3], "raw_caption": ["a house", None, "a tree"], "seed": [0, 1, 2]}
+    answers = captioner(batch)["answers"]
+    for name, asked in (("caption", captioner.config.prompt), ("caption_short", "In short?")):
+        assert [row[name] for row in answers] == captioner.describe(images[:3], [asked] * 3)
+    quoted = captioner.describe([images[0], images[2]], ['Given "a house"?', 'Given "a tree"?'])
+    assert [answers[0]["caption_quoting"], answers[2]["caption_quoting"]] == quoted
+    assert answers[1]["caption_quoting"].reason == "no_caption"
 
 
 def test_sampling_repeats_with_its_seed(miniatures, images):
     captioner = Captioner(Section(model=miniatures["llava"], max_new_tokens=8, temperature=2.0, top_p=0.95))
 
     def draw(seed):
-        captioner.seed(seed)
-        return [answer.text for answer in captioner.describe(images, PROMPTS)]
+        batch = {"image": images, "raw_caption": [None] * 4, "seed": [seed] * 4}
+        return [row["caption"].text for row in captioner(batch)["answers"]]
 
     assert draw(1) == draw(1)
     assert draw(1) != draw(2)
 
 
+def test_a_batch_that_does_not_fit_into_memory_is_halved(llava, images, monkeypatch):
+    whole = llava.describe(images, PROMPTS)
+    generate = llava.model.generate
+
+    def small_only(**inputs):
+        if len(inputs["input_ids"]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generate(**inputs)
+
+    monkeypatch.setattr(llava.model, "generate", small_only)
+    assert llava.describe(images, PROMPTS) == whole
+
+
 def test_a_model_without_a_chat_template_gets_the_words_alone(miniatures, tmp_path, images):
     folder = shutil.copytree(miniatures["llava"], tmp_path / "llava")
     (folder / "chat_template.jinja").unlink()
-    captioner = Captioner(Section(model=str(folder), max_new_tokens=2))
+    captioner = Captioner(Section(model=str(folder), max_new_tokens=2, prompt="<image>\nWhat?"))
     [answer] = captioner.describe(images[:1], ["<image>\nWhat?"])
     assert answer.num_prompt_tokens == 15 + len(captioner.tokenizer("<image>\nWhat?")["input_ids"])
 
@@ -265,6 +304,36 @@ def test_a_processor_that_drops_the_image_is_a_setting_to_mend(llava, images, mo
     monkeypatch.setattr(llava.processor, "apply_chat_template", drop)
     with pytest.raises(ConfigError, match=r"captioner.model: the processor of .* drops the image; use an image-text"):
         llava.describe(images[:1], ["What?"])
+
+
+def test_a_model_that_does_not_look_at_the_image_is_a_setting_to_mend(miniatures, monkeypatch):
+    """The processor hands over pixels and the prompt counts them, but no picture is in them."""
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    preprocess = CLIPImageProcessorPil.preprocess
+
+    def black(self, images, *args, **options):
+        out = preprocess(self, images, *args, **options)
+        out["pixel_values"] = [pixels * 0 for pixels in out["pixel_values"]]
+        return out
+
+    Captioner(Section(model=miniatures["llava"]))
+    monkeypatch.setattr(CLIPImageProcessorPil, "preprocess", black)
+    with pytest.raises(ConfigError, match=r"captioner.model: .* answers the same to a red and to a blue picture; use"):
+        Captioner(Section(model=miniatures["llava"]))
+
+
+def test_a_row_whose_image_is_not_in_its_prompt_is_rejected(llava, images, monkeypatch):
+    """As from a template that leaves the image out, with a processor that hands over its pixels all the same."""
+    words = llava.tokenizer(["USER: What? ASSISTANT:"], return_tensors="pt")
+    assert words["input_ids"].shape[1] == llava._count_words("What?")
+    pixels = torch.zeros(1, 3, 56, 56)
+    monkeypatch.setattr(llava, "_inputs", lambda images, prompts: {**words, "pixel_values": pixels})
+    monkeypatch.setattr(llava.model, "generate", lambda **inputs: inputs["input_ids"].repeat(1, 2))
+    monkeypatch.setattr(llava, "config", llava.config.model_copy(update={"prompt": "What?"}))
+    [row] = llava({"image": images[:1], "raw_caption": [None], "seed": [0]})["answers"]
+    assert row["caption"].reason == "image_unseen"
+    assert "tokens with the image and" in row["caption"].detail
 
 
 def test_facts_say_which_model_it_was(captioner):

@@ -1,15 +1,18 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tarfile
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pixart_data import stores
+from pixart_data import storage, stores
 from pixart_data.errors import ConfigError, DataError
 from pixart_data.records import Reason
 from pixart_data.sections import Source
@@ -20,7 +23,7 @@ from tests.faults import FaultyProxy
 
 @pytest.fixture(autouse=True)
 def fresh_clients(monkeypatch, tmp_path):
-    """A client remembers its endpoint: none is taken over from the test before. Copies of tars are made below scratch."""
+    """A client remembers its endpoint: none is taken over from the test before. Copies of tars go below scratch."""
     monkeypatch.setattr("pixart_data.storage._FIRST_WAIT_S", 0.01)
     scratch = tmp_path / "scratch"
     scratch.mkdir()
@@ -278,16 +281,35 @@ def test_missing_credentials_are_the_settings_fault(tmp_path, bucket, monkeypatc
         find(f"{bucket}/*.tar")
 
 
-def test_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "s3fs", None)
-    with pytest.raises(ConfigError, match=r"pip install 'pixart-toolkit\[s3\]'"):
-        find("s3://bucket/x.tar")
+def test_a_missing_package_is_named():
+    code = (
+        "import sys; sys.modules['s3fs'] = None\n"
+        "from pixart_data.sources import find_units; from pixart_data.sections import Source\n"
+        "find_units(Source(paths=['s3://bucket/x.tar']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "ConfigError: s3://bucket: a package is missing" in done.stderr
+    assert "pip install 'pixart-toolkit[s3]'" in done.stderr
 
 
 # Storage that fails
 
 
-def test_a_store_that_is_busy_breaks_off_and_dawdles(tmp_path, bucket, s3_server, monkeypatch):
+@pytest.fixture
+def proxied(s3_server, monkeypatch):
+    """The way to the server leads through the proxy, and clients do not try again: the toolkit has to."""
+    from s3fs import S3FileSystem
+
+    monkeypatch.setattr(S3FileSystem, "retries", 1)
+    options = {"use_listings_cache": False, "config_kwargs": {"retries": {"total_max_attempts": 1}}}
+    monkeypatch.setitem(storage._STORE_OPTIONS, "s3", options)
+    with FaultyProxy(s3_server, seed=1, slow_s=0.05) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        forget_clients()
+        yield proxy
+
+
+def test_a_store_that_is_busy_breaks_off_and_dawdles(tmp_path, bucket, proxied, monkeypatch):
     monkeypatch.setattr(stores, "_PART_BYTES", 20_000)
     top = write_tars(tmp_path / "top", num_rows=20)
     for i in range(20):
@@ -295,28 +317,44 @@ def test_a_store_that_is_busy_breaks_off_and_dawdles(tmp_path, bucket, s3_server
     write(top / "x.jsonl", "\n".join(json.dumps({"path": f"images/{i:02d}.jpg"}) for i in range(20)))
     upload(top, bucket)
     here = read(top / "*.tar") + read(top / "images") + read(top / "x.jsonl")
-    with FaultyProxy(s3_server, seed=1, error_rate=0.12, reset_rate=0.08, slow_rate=0.05, slow_s=0.05) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        forget_clients()
-        there = read(f"{bucket}/*.tar") + read(f"{bucket}/images") + read(f"{bucket}/x.jsonl")
-        assert {"error_500", "error_503", "reset", "slow"} <= set(proxy.counters)
-    assert there == here
+    proxied.error_rate, proxied.reset_rate, proxied.slow_rate = 0.08, 0.06, 0.04
+    there = read(f"{bucket}/*.tar") + read(f"{bucket}/images") + read(f"{bucket}/x.jsonl")
+    assert {"error_500", "error_503", "reset", "slow"} <= set(proxied.counters)
+    assert there == [replace(row, detail=row.detail.replace(str(top), bucket)) for row in here]
 
 
-def test_a_store_that_stays_away_is_an_error_not_a_row(tmp_path, bucket, s3_server, monkeypatch):
+@pytest.mark.parametrize("fault", ["error_rate", "reset_rate"])
+def test_a_store_that_stays_away_is_an_error_not_a_row(tmp_path, bucket, proxied, fault):
     write(tmp_path / "top/x.jsonl", json.dumps({"path": "a.jpg"}))
     write(tmp_path / "top/a.jpg")
     upload(write_tars(tmp_path / "top"), bucket)
-    with FaultyProxy(s3_server) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        forget_clients()
-        source, units = find(f"{bucket}/00001.tar", f"{bucket}/x.jsonl")
-        proxy.error_rate = 1.0
-        for unit in units:
-            with pytest.raises(DataError, match=f"{unit.path}: cannot be read: .*; check the storage, then run again"):
-                list(read_samples(unit, source))
-        with pytest.raises(DataError, match="cannot be listed: .*; check the network and the store"):
-            find(f"{bucket}/*.tar")
+    source, units = find(f"{bucket}/00001.tar", f"{bucket}/x.jsonl")
+    setattr(proxied, fault, 1.0)
+    for unit in units:
+        before = proxied.counters["requests"]
+        with pytest.raises(DataError, match=f"{unit.path}: cannot be read: .*; check the storage, then run again"):
+            list(read_samples(unit, source))
+        assert (
+            6 <= proxied.counters["requests"] - before <= 18
+        )  # the client's connections have a second try of their own
+    with pytest.raises(DataError, match="cannot be listed: .*; check the network and the store"):
+        find(f"{bucket}/*.tar")
+
+
+def test_credentials_that_expire_are_no_verdict_on_images(tmp_path, bucket, monkeypatch):
+    write(tmp_path / "top/x.jsonl", json.dumps({"path": "a.jpg"}))
+    write(tmp_path / "top/images/a.jpg")
+    upload(write_tars(tmp_path / "top"), bucket)
+    source, units = find(f"{bucket}/00001.tar", f"{bucket}/x.jsonl", f"{bucket}/images")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    forget_clients()
+    for unit in units:
+        with pytest.raises(
+            DataError, match="cannot be read: Unable to locate cred.*; check the credentials in the env"
+        ):
+            list(read_samples(unit, source))
 
 
 def test_a_tar_that_changes_while_it_is_read(tmp_path, bucket, monkeypatch):

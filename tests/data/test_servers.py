@@ -290,7 +290,7 @@ def test_a_server_that_leaves_is_replaced_by_the_others(connect):
 def test_a_server_that_comes_later_is_looked_at_and_asked(connect):
     port = free_port()
     with ChatServer() as first:
-        engine = connect(first, f"http://127.0.0.1:{port}/v1")
+        engine = connect(first, f"http://127.0.0.1:{port}/v1", concurrency=1)
         assert isinstance(caption(engine), Caption)
         first.usual = status(429)
         with ChatServer(port) as late:
@@ -388,9 +388,10 @@ def test_a_server_that_does_not_answer_at_the_start_is_one_line(connect):
     url = f"http://127.0.0.1:{free_port()}/v1"
     with pytest.raises(JobError, match=f"^captioner.server: .*{url} cannot be reached: .*`vllm serve org/model`"):
         connect(url)
-    with ChatServer() as broken, pytest.raises(JobError, match="gave no answer within 0.2 s"):
+    with ChatServer() as broken:
         broken.others = hang
-        connect(broken, timeout_s=0.2)
+        with pytest.raises(JobError, match="gave no answer within 0.2 s"):
+            connect(broken, timeout_s=0.2)
 
 
 def test_a_url_alone_is_a_server():
@@ -413,7 +414,7 @@ def test_transformers_serve_answers_as_the_engine_in_this_process(served_llava, 
     from pixart_data.captioner import Captioner
 
     settings = {"model": miniatures["llava"], "max_new_tokens": 12, "prompt_with_caption": 'Given "{caption}", go on'}
-    settings["prompts"] = {"short": "Describe this image in one sentence"}
+    settings |= {"prompt": PROMPT, "prompts": {"short": "Describe this image in one sentence"}}
     here = Captioner(Section.model_validate(settings))
     there = connect(served_llava, captioner=settings, timeout_s=60.0)
     pictures = [picture("red"), picture("blue", (90, 200)), Image.linear_gradient("L").convert("RGB")]

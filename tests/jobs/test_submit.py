@@ -145,7 +145,7 @@ def test_a_cluster_that_is_lost_sight_of_is_one_line(cluster, job, capsys, when,
     assert code == 4
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pixart")]
     assert "lost sight of raysubmit_1" in line
-    assert "ray job logs raysubmit_1" in line
+    assert "pixart submit logs raysubmit_1" in line
 
 
 @pytest.mark.parametrize("error", lost()[:4], ids=lambda error: type(error).__name__)
@@ -159,7 +159,7 @@ def test_a_cluster_that_refuses_the_job_is_one_line(cluster, job, capsys, error)
 def test_to_stop_following_leaves_the_job_alone(cluster, job, capsys):
     _, code = cluster("caption", job, lose_info=KeyboardInterrupt())
     assert code == 130
-    assert "raysubmit_1 goes on. Stop it: ray job stop raysubmit_1" in capsys.readouterr().err
+    assert "raysubmit_1 goes on. Stop it: pixart submit stop raysubmit_1" in capsys.readouterr().err
 
 
 def test_nobody_at_the_address_is_one_line(monkeypatch):

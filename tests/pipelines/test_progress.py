@@ -74,8 +74,8 @@ def record(unit, rows, rejected=0):
     return Record(unit, "0" * 64, {"prompt": "p", "shard": "s"}, rows, rows - rejected, reasons, [])
 
 
-def timing(worker="w0", seconds=1.0, busy_s=0.5, attempt=1, peak_rss_bytes=0):
-    return Timing(worker, seconds, busy_s, attempt, peak_rss_bytes)
+def timing(worker="w0", seconds=1.0, busy_s=0.5, attempt=1, peak_rss_bytes=0, worked=None):
+    return Timing(worker, seconds, busy_s, attempt, peak_rss_bytes, worked)
 
 
 def do(shown, unit, rows, rejected=0, **took):
@@ -280,6 +280,24 @@ def test_the_model_is_idle_within_units_and_between_them(clock, lines, begin, tm
     assert read_status(tmp_path).total.busy_share == pytest.approx((9 + 5 + 10) / (10 + 10 + 20))
 
 
+def test_units_that_overlap_in_a_worker_do_not_make_its_model_busier(clock, lines, begin, tmp_path):
+    shown = begin(4)
+    for unit in "abcd":  # begun five seconds after one another, each taking ten
+        clock.now_s += 5
+        do(shown, unit, 10, worker="w0", seconds=10, busy_s=6)
+    shown.close("done")
+    assert read_status(tmp_path).total.busy_share == pytest.approx(0.6)
+
+
+def test_rows_done_again_are_the_only_ones_that_count_for_the_pace(clock, lines, begin, tmp_path):
+    shown = begin(1)
+    clock.now_s += 10
+    do(shown, "a", 1000, seconds=10, worked=20)
+    assert "| 20 rows | 2.0 rows/s |" in shown.line()
+    shown.close("done")
+    assert read_status(tmp_path).rows_in == 1000
+
+
 def test_workers_are_paid_for_while_they_are_up(clock, lines, begin, tmp_path):
     shown = begin(4, price_per_hour=3.6)
     for num_working in (0, 2, 2, 4):
@@ -337,6 +355,18 @@ def test_the_status_is_there_from_the_start_and_every_five_seconds(clock, lines,
     assert [status["live_rows"] for _, status in written] == [0, 4, 9, 14, 19]
 
 
+def test_a_driver_with_nothing_new_to_say_still_says_that_it_lives(clock, lines, begin, tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "_WRITE_EVERY_S", 0.05)
+    shown = begin(2)
+    until(lambda: read_status(tmp_path))
+    clock.now_s += 100  # of making an index
+    until(lambda: read_status(tmp_path).updated_unix_s == clock.time())
+    shown.close("done")
+    clock.now_s += 100
+    assert not shown._writer._thread.is_alive()
+    assert read_status(tmp_path).updated_unix_s == clock.time() - 100
+
+
 def test_a_resumed_run_carries_the_totals_on(clock, lines, begin, tmp_path):
     first = begin(3, price_per_hour=1.0)
     first.workers(2, 0)
@@ -363,7 +393,7 @@ def test_a_resumed_run_carries_the_totals_on(clock, lines, begin, tmp_path):
     assert status.first_started_unix_s == 1_700_001_000.0
     assert status.started_unix_s - status.first_started_unix_s == 1800 + 86_400
     assert (status.num_done, status.rows_in) == (3, 300)
-    assert status.total.rows == 300
+    assert (status.before.rows, status.total.rows) == (100, 300)
     assert status.total.elapsed_s == 3600
     assert status.cost() == pytest.approx(2.0)
     assert [slow.unit for slow in status.slowest] == ["old-0", "b", "c"]
@@ -413,10 +443,14 @@ def test_an_output_older_than_the_status_file_gets_one(lines, begin, tmp_path):
 
 
 def test_records_that_count_for_nothing_are_told_apart(lines, begin, tmp_path):
-    for unit in ("old-0", "other-1", "other-2"):
+    for unit in ("old-0", "other-1", "to-redo"):
         write_record(tmp_path, record(unit, 100))
-    begin(5, num_done=1).close("stopped")
+    shown = begin(2, num_done=1)
+    until(lambda: read_status(tmp_path))
     assert read_status(tmp_path).num_foreign == 2
+    do(shown, "to-redo", 100)
+    shown.close("done")
+    assert read_status(tmp_path).num_foreign == 1
 
 
 @pytest.mark.parametrize("content", ["{", '{"format": "else"}', '{"stage": 3}'])
@@ -494,13 +528,13 @@ def test_status_and_summary_are_no_leftovers(lines, begin, tmp_path):
 def test_the_timeline_of_a_week_is_thinned_out(clock, lines, begin, tmp_path):
     shown = begin(3)
     shown.workers(1, 0)
-    for hour in range(7 * 24 * 12):
-        clock.now_s += 300
+    for half_hour in range(7 * 24 * 2):
+        clock.now_s += 1800
         shown.workers(1, 0)
-        shown.live(hour * 1000, 0)
+        shown.live(half_hour * 1000, 0)
     shown.close("stopped")
     timeline = read_status(tmp_path).timeline
     assert 100 < len(timeline) <= 241
     assert timeline[0][0] == 0
     assert timeline[-1][0] == pytest.approx(7 * 86_400, abs=1)
-    assert [point[0] for point in timeline] == sorted({point[0] for point in timeline})
+    assert [point[0] for point in timeline] == sorted(point[0] for point in timeline)

@@ -1,0 +1,134 @@
+"""`pixart submit --on slurm`: a batch script that starts Ray on the nodes of its allocation and runs the command.
+
+The script is complete: the job file is in it, so that it can be kept, read, edited and handed to `sbatch` again.
+"""
+
+import shlex
+from collections.abc import Mapping
+
+from jobs.shape import Parcel, Shape
+
+_HEAD = """\
+#!/bin/bash
+# A preempted job, or one at its time limit, queues again and goes on where it was. So does: sbatch THIS_FILE
+{directives}
+set -euo pipefail
+umask 077  # the token opens the cluster
+
+export PATH={bin}:$PATH  # where pixart is, on every node
+export PYTHONUNBUFFERED=1
+folder=${{SLURM_SUBMIT_DIR:-$PWD}}/.{name}-$SLURM_JOB_ID  # on storage that all nodes share
+mkdir -p "$folder"
+cat > "$folder/job.toml" <<'END_OF_JOB_FILE'
+{job_toml}END_OF_JOB_FILE
+
+child=
+code=0
+again=
+caught=
+stopping=
+steps=()
+stop() {{  # the command finishes or drops its units and exits
+  caught=1
+  stopping=1
+  if [[ -n $child ]]; then kill -TERM "$child" 2>/dev/null || true; fi
+}}
+trap stop TERM INT
+trap 'again=1; stop' USR1  # Slurm's notice that the time is nearly over
+run() {{  # in the background, so that a signal is handled at once
+  if [[ -n $stopping ]]; then exit 143; fi
+  caught=
+  "$@" &
+  child=$!
+  while true; do
+    code=0
+    wait "$child" || code=$?
+    if [[ -z $caught ]]; then break; fi
+    caught=  # it was the signal that ended the wait
+  done
+  child=
+}}
+finish() {{
+  local status=$?
+  trap - EXIT
+  if [[ $code -eq 0 ]]; then code=$status; fi  # a line of this script failed, not the command
+  for step in ${{steps[@]+"${{steps[@]}}"}}; do kill -TERM "$step" 2>/dev/null || true; done
+  wait
+  rm -rf "$folder"{clean}
+  if [[ -n $again && $code -ne 0 ]]; then scontrol requeue "$SLURM_JOB_ID"; fi
+  exit "$code"
+}}
+trap finish EXIT
+"""
+
+_RAY = """
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$folder/token RAY_USAGE_STATS_ENABLED=0
+od -An -N32 -tx1 /dev/urandom | tr -d ' \\n' > "$RAY_AUTH_TOKEN_PATH"
+port=$((20000 + SLURM_JOB_ID % 2000 * 4))  # jobs that share a node have ports of their own
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export RAY_ADDRESS=$head:$port RAY_TMPDIR=/tmp/pixart-$SLURM_JOB_ID  # short: sockets live in it
+# $SLURM_CPUS_ON_NODE is each node's own, and so is for the shell of the step to read.
+# shellcheck disable=SC2016
+start='exec ray start "$@" --block --disable-usage-stats --num-cpus="$SLURM_CPUS_ON_NODE" {gpus}'
+srun --quiet --nodes=1 --ntasks=1 --nodelist="$head" --cpu-bind=none --overlap bash -c "$start" ray \\
+  --head --port="$port" --ray-client-server-port=$((port + 1)) --dashboard-port=$((port + 2)) \\
+  --dashboard-agent-listen-port=$((port + 3)) --temp-dir="$RAY_TMPDIR" &
+steps+=($!)
+{workers}
+run python -m jobs.nodes {num_nodes} --gpus-per-node {gpus_per_node} --timeout-s 600
+if [[ $code -ne 0 ]]; then exit "$code"; fi
+"""
+
+_WORKERS = """\
+srun --quiet --nodes={count} --ntasks={count} --exclude="$head" --cpu-bind=none --overlap bash -c "$start" ray \\
+  --address="$RAY_ADDRESS" --dashboard-agent-listen-port=$((port + 3)) &
+steps+=($!)
+"""
+
+_CLEAN = """
+  srun --quiet --overlap --ntasks-per-node=1 rm -rf "$RAY_TMPDIR" || true"""
+
+
+def script(parcel: Parcel, shape: Shape, time_limit: str, bin_folder: str, extra: Mapping[str, str]) -> str:
+    """Return the batch script.
+
+    Args:
+        time_limit: In Slurm's form, e.g. `1-00:00:00`.
+        bin_folder: Where `pixart` is on the nodes.
+        extra: Further `#SBATCH --KEY=VALUE`; they replace ours.
+    """
+    ray = ""
+    if parcel.uses_ray:
+        workers = _WORKERS.format(count=shape.num_nodes - 1) if shape.num_nodes > 1 else ""
+        ray = _RAY.format(
+            gpus=f"--num-gpus={shape.gpus_per_node}",
+            workers=workers,
+            num_nodes=shape.num_nodes,
+            gpus_per_node=shape.gpus_per_node,
+        )
+    head = _HEAD.format(
+        directives="\n".join(f"#SBATCH --{line}" for line in _directives(shape, time_limit, extra)),
+        bin=shlex.quote(bin_folder),
+        name=shape.name,
+        job_toml=parcel.job_toml,
+        clean=_CLEAN if parcel.uses_ray else "",
+    )
+    return head + ray + f"\nrun pixart {parcel.words(chr(34) + '$folder/job.toml' + chr(34))}\n"
+
+
+def _directives(shape: Shape, time_limit: str, extra: Mapping[str, str]) -> list[str]:
+    wanted = {
+        "job-name": shape.name,
+        "nodes": str(shape.num_nodes),
+        "ntasks-per-node": "1",
+        "gpus-per-node": str(shape.gpus_per_node) if shape.gpus_per_node else None,
+        "exclusive": "",
+        "mem": "0",
+        "time": time_limit,
+        "signal": "B:USR1@120",
+        "requeue": "",
+        "open-mode": "append",
+        "output": f"{shape.name}-%j.log",
+        **extra,
+    }
+    return [f"{key}={value}" if value else key for key, value in wanted.items() if value is not None]

@@ -1,0 +1,221 @@
+"""Storage: the same promises on a local disk and on a real S3-compatible server, which now and then fails."""
+
+import errno
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from pixart_data import events
+from pixart_data.commits import Record, publish, publish_table, read_records, read_table, sweep, write_record
+from pixart_data.errors import ConfigError, DataError, JobError, TransientError
+from pixart_data.storage import (
+    delete,
+    exists,
+    is_transient,
+    list_files,
+    local_copy,
+    location,
+    read_bytes,
+    read_many,
+    replace_file,
+    require_local,
+    retrying,
+    staging_path,
+    write_atomic,
+    write_new,
+)
+from tests.faults import FaultyProxy
+
+
+@pytest.fixture(params=["local", "s3"])
+def root(request, tmp_path):
+    if request.param == "local":
+        return tmp_path / "out"
+    return location(f"{request.getfixturevalue('bucket')}/out")
+
+
+def record(unit="u", files=()):
+    return Record(unit, "digest", {"a": 1}, 3, 2, {"zero_bytes": 1}, list(files))
+
+
+def stage(root, folder, content):
+    staged = staging_path(root / folder, "u.tar")
+    staged.write_bytes(content)
+    return staged
+
+
+def test_what_is_written_is_read_replaced_listed_and_deleted(root):
+    write_atomic(root / "a/one.json", b"1")
+    write_atomic(root / "a/one.json", b"one")
+    write_atomic(root / "a/b/two.json", b"two")
+    assert read_bytes(root / "a/one.json") == b"one"
+    assert read_many([root / "a/one.json", root / "a/b/two.json"]) == [b"one", b"two"]
+    assert [path.name for path in list_files(root / "a")] == ["one.json"]
+    assert list_files(root / "nowhere") == []
+    assert exists(root / "a/one.json")
+    assert delete([root / "a/one.json", root / "a/never.json"]) == 1 or "://" in str(root)
+    assert not exists(root / "a/one.json")
+    with pytest.raises(FileNotFoundError):
+        read_bytes(root / "a/one.json")
+
+
+def test_only_one_of_many_writers_makes_a_new_file(root):
+    with ThreadPoolExecutor(8) as threads:
+        won = list(threads.map(lambda i: write_new(root / "x/lease", b"%d" % i), range(16)))
+    assert won.count(True) == 1
+    assert read_bytes(root / "x/lease") == b"%d" % won.index(True)
+    assert [path.name for path in list_files(root / "x")] == ["lease"]
+
+
+def test_a_published_file_is_whole_and_found_by_its_record(root):
+    content = os.urandom(3_000_000)
+    file = publish(stage(root, "0.50", content), root, root / "0.50", "u", ".tar")
+    assert file.size_bytes == 3_000_000
+    with local_copy(root / file.path) as copy:
+        assert copy.read_bytes() == content
+    if "://" in str(root):
+        assert not copy.exists()
+    write_record(root, record(files=[file]), replaces=False)
+    assert read_records(root) == {"u": record(files=[file])}
+
+
+def test_a_record_is_committed_by_one_run_only(root):
+    write_record(root, record(), replaces=False)
+    write_record(root, record(), replaces=False)  # the same again: an answer that was lost on the way
+    other = Record("u", "other", {}, 1, 1, {}, [])
+    with pytest.raises(JobError, match=r"u\.json: another run has committed this unit; let one run at a time"):
+        write_record(root, other, replaces=False)
+    assert read_records(root)["u"].digest == "digest"
+    write_record(root, other)
+    assert read_records(root)["u"].digest == "other"
+
+
+def test_tables_come_back_from_any_storage(root):
+    import pyarrow as pa
+
+    file = publish_table(pa.table({"key": ["a", "b"]}), root, root / "parts", "u")
+    assert read_table(root / file.path, columns=["key"])["key"].to_pylist() == ["a", "b"]
+
+
+def test_sweep_deletes_what_no_record_names(root):
+    kept = publish(stage(root, "a", b"kept"), root, root / "a", "u", ".tar")
+    write_record(root, record(files=[kept]))
+    publish(stage(root, "a", b"orphan"), root, root / "a", "u", ".tar")
+    write_atomic(root / "a/notes.txt", b"mine")
+    assert sweep(root, [root / "a", root / "nowhere"]) == 1
+    assert sorted(path.name for path in list_files(root / "a")) == sorted(["notes.txt", kept.path.split("/")[1]])
+
+
+def test_sweep_aborts_uploads_that_were_killed(bucket):
+    root = location(f"{bucket}/out")
+    for key in ("out/a/u.tar", "elsewhere/u.tar"):
+        root.fs.call_s3("create_multipart_upload", Bucket=bucket.removeprefix("s3://"), Key=key)
+    assert sweep(root, []) == 1
+    left = root.fs.list_multipart_uploads(bucket.removeprefix("s3://"))
+    assert [upload["Key"] for upload in left] == ["elsewhere/u.tar"]
+
+
+@pytest.fixture
+def faulty(bucket, s3_server, monkeypatch):
+    """A place on the S3 server that can be reached through a proxy that fails a third of all requests."""
+    with FaultyProxy(s3_server, seed=7, error_rate=0.2, slow_rate=0.05, reset_rate=0.1) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        import s3fs
+
+        s3fs.S3FileSystem.clear_instance_cache()
+        yield location(f"{bucket}/out"), proxy
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_failures_that_pass_are_waited_out(faulty):
+    root, proxy = faulty
+    contents = {f"f{i:02d}": os.urandom(2000 + i) for i in range(10)}
+    before = events.counts().get("storage_retry", 0)
+    for name, content in contents.items():
+        replace_file(stage(root, "a", content), root / "a" / name)
+        write_atomic(root / "b" / name, content)
+        assert write_new(root / "c" / name, content)
+        assert not write_new(root / "c" / name, b"another")
+    for folder in "abc":
+        assert [path.name for path in list_files(root / folder)] == list(contents)
+        assert read_many(list_files(root / folder)) == list(contents.values())
+    assert proxy.num_faults > 10
+    assert events.counts().get("storage_retry", 0) > before
+
+
+def test_a_store_that_stays_away_is_a_transient_error(bucket, s3_server, monkeypatch):
+    import s3fs
+
+    monkeypatch.setattr("pixart_data.storage._ATTEMPTS", 2)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(TransientError, match="cannot write: .*; check the storage, then run again"):
+        write_atomic(location(f"{bucket}/out") / "a", b"a")
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_a_bucket_that_is_not_there_is_said_to_be(s3_server):
+    with pytest.raises(JobError, match="s3://never-made-bucket/out/a: cannot write: .*bucket"):
+        write_atomic(location("s3://never-made-bucket/out") / "a", b"a")
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EBUSY])
+def test_a_mount_that_fails_for_a_while_is_waited_out(tmp_path, monkeypatch, number):
+    monkeypatch.setattr("pixart_data.storage._FIRST_WAIT_S", 0.001)
+    replace, failures = os.replace, [number, number]
+
+    def sometimes(*names):
+        if failures:
+            raise OSError(failures.pop(), "later")
+        replace(*names)
+
+    monkeypatch.setattr(os, "replace", sometimes)
+    write_atomic(tmp_path / "a", b"a")
+    assert (tmp_path / "a").read_bytes() == b"a"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_what_does_not_pass_is_not_waited_for(number):
+    calls = []
+
+    def fail():
+        calls.append(1)
+        raise OSError(number, "no")
+
+    with pytest.raises(JobError) as caught:
+        retrying(fail, "/out")
+    assert len(calls) == 1
+    assert not isinstance(caught.value, TransientError)
+
+
+def test_what_passes_is_told_from_what_does_not():
+    assert is_transient(ConnectionResetError())
+    assert is_transient(TimeoutError())
+    assert not is_transient(FileNotFoundError())
+    assert not is_transient(PermissionError())
+    assert not is_transient(ValueError())
+
+
+def test_staged_files_of_a_killed_process_are_deleted_by_the_next(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    code = "import os\nfrom pixart_data.storage import scratch_file\nscratch_file('a').write_text('half')\nos._exit(9)"
+    subprocess.run([sys.executable, "-c", code], check=False)
+    assert len(list(tmp_path.rglob(".tmp-*"))) == 1
+    code = "from pixart_data.storage import scratch_file\nprint(scratch_file('b'))"
+    mine = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+    assert [str(path) for path in tmp_path.rglob(".tmp-*")] == [mine]
+
+
+def test_unknown_places_are_refused_with_what_to_do():
+    with pytest.raises(ConfigError, match="nowhere://x/y: no storage is known by this name"):
+        location("nowhere://x/y")
+
+
+def test_training_reads_local_disks(s3_server):
+    with pytest.raises(DataError, match="copy it to a local disk first"):
+        require_local(location("s3://bucket/set"), "training reads local disks and mounts only")
