@@ -37,6 +37,7 @@ fix: install  ## format, and mend what the linter can
 
 bench: install  ## ratios against what one would use instead, measured side by side
 	$(BIN)/python -m benchmarks.read_shards
+	$(BIN)/python -m benchmarks.prepare_images
 
 clean:  ## delete what the demo made
 	rm -rf $(DEMO)

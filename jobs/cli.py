@@ -72,6 +72,12 @@ COMMANDS = {
     "verify": Command(
         "re-read every byte and name what is damaged", "jobs.config:Verify", "jobs.verify:verify", example="path=DIR"
     ),
+    "retry": Command(
+        "do rejected rows of a finished run again",
+        "jobs.config:Retry",
+        "jobs.retry:retry",
+        example='reasons=["timed_out"]',
+    ),
     "status": Command(
         "show how far a run is, while it goes on or after it",
         "jobs.config:Status",
@@ -209,6 +215,15 @@ def _status_given(args: argparse.Namespace) -> Given:
     return None, {"path": args.path, **({"as_json": True} if args.json else {})}
 
 
+def _retry_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("path", help="the output directory of fetch, caption or extract")
+    sub.add_argument("--reason", action="append", default=[], help="only rows rejected for it; may be repeated")
+
+
+def _retry_given(args: argparse.Namespace) -> Given:
+    return None, {"path": args.path, **({"reasons": args.reason} if args.reason else {})}
+
+
 def _sample_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("checkpoint", help="a job file, a checkpoint, or a run for its last checkpoint")
     sub.add_argument("--prompt", action="append", default=[], help="what to draw; may be repeated")
@@ -228,6 +243,7 @@ _ARGUMENTS = {
     "inspect": _path_arguments,
     "verify": _path_arguments,
     "status": _status_arguments,
+    "retry": _retry_arguments,
     "sample": _sample_arguments,
 }
 _GIVEN = {
@@ -235,6 +251,7 @@ _GIVEN = {
     "inspect": _path_given,
     "verify": _path_given,
     "status": _status_given,
+    "retry": _retry_given,
     "sample": _sample_given,
 }
 

@@ -1,4 +1,4 @@
-"""The job files of the commands that only look: `inspect`, `verify` and `status`."""
+"""The job files of the commands that look at what is there: `inspect`, `verify`, `status` and `retry`."""
 
 from pydantic import Field
 
@@ -28,3 +28,12 @@ class Status(Section):
     """The output directory of a stage or of a dataset, local or on an object store, or the job file that names it."""
     as_json: bool = False
     """Print one JSON object, for programs."""
+
+
+class Retry(Section):
+    """`pixart retry`: do the rejected rows of a finished run again; what is good stays as it is."""
+
+    path: LocalPath
+    """The output directory of `fetch`, `caption` or `extract`, or one feature set of a dataset."""
+    reasons: list[str] = []
+    """Only the rows that were rejected for these; empty: all rejected rows."""

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from jobs.config import Inspect
+from pixart_data.archives import read_seal
 from pixart_data.captions import caption_files
 from pixart_data.commits import COMMITS, MANIFEST, read_records, read_table
 from pixart_data.errors import ConfigError, DataError
@@ -60,6 +61,9 @@ def _look_at_commits(path: Path, num_samples: int) -> tuple[str, Iterator[str]]:
     if not (path / MANIFEST).is_file():
         records = read_records(path)
         return f"unfinished, {len(records)} shards are done", iter(())
+    fetched = read_seal(path)
+    if fetched is not None:
+        return "fetched images", _fetched([path / rows["path"] for rows in fetched["rows"]], num_samples)
     return "captions", _captions([location(file.path) for file in caption_files(path, "path")], num_samples)
 
 
@@ -149,6 +153,22 @@ def _caption(row: dict[str, Any]) -> Iterator[str]:
     yield f"  {row['key']} ({row['width_px']} x {row['height_px']} px{_ops(row['image_ops'])})"
     yield f"    raw      {_short(row['raw_caption'])}"
     yield f"    caption  {_short(row['caption'])}"
+
+
+def _fetched(paths: list[Path], num_samples: int) -> Iterator[str]:
+    columns = ["key", "url", "error", "detail", "format", "size_bytes", "width_px", "height_px"]
+    table = pa.concat_tables([read_table(path, columns=columns) for path in paths])
+    bad = table.filter(pc.is_valid(table["error"]))
+    size_gb = (pc.sum(table["size_bytes"]).as_py() or 0) / 1e9
+    num_good = table.num_rows - bad.num_rows
+    yield f"  {table.num_rows:,} URLs in {len(paths)} units: {num_good:,} images, {size_gb:,.2f} GB"
+    for name in ("error", "format"):
+        if counts := _tally(table[name]):
+            yield f"  {name:14} {counts}"
+    for row in table.filter(pc.is_null(table["error"])).slice(0, num_samples).to_pylist():
+        yield f"  {row['key']}: {row['width_px']} x {row['height_px']} px {row['format']}, {_short(row['url'])}"
+    for row in bad.slice(0, num_samples).to_pylist():
+        yield f"  {row['key']}: rejected, {row['error']}: {row['detail']}, {_short(row['url'])}"
 
 
 def _rejected(path: Path, num_samples: int) -> Iterator[str]:

@@ -7,6 +7,7 @@ node that joins later would be left without work.
 import argparse
 import logging
 import os
+import signal
 import socket
 import sys
 import time
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         import ray
 
         _connect(ray, args.timeout_s)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of what has to be taken back
         if args.ask:
             ask(args.nodes, args.gpus_per_node)
         try:

@@ -51,6 +51,7 @@ run() {{  # in the background, so that a signal is handled at once
 finish() {{
   local status=$?
   trap - EXIT
+  trap '' TERM INT USR1  # let what follows be
   if [[ $code -eq 0 ]]; then code=$status; fi  # a line of this script failed, not the command
   for step in ${{steps[@]+"${{steps[@]}}"}}; do kill -TERM "$step" 2>/dev/null || true; done
   wait
@@ -59,6 +60,11 @@ finish() {{
   exit "$code"
 }}
 trap finish EXIT
+# scancel and preemption send TERM to the steps of a job, not to this script: a step of its own passes it on.
+# shellcheck disable=SC2016
+srun --quiet --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" --overlap \\
+  bash -c 'trap "kill -TERM $1; exit" TERM; sleep infinity & wait' relay "$$" &
+steps+=($!)
 """
 
 _RAY = """

@@ -40,8 +40,10 @@ def extract(job: Extract, dry_run: bool) -> None:
     """Make the feature sets of a job, or print what that would do."""
     _run(extract_pipeline, job, dry_run)
     if job.image is not None and job.text is not None and not dry_run:
-        line = extract_pipeline.match_line(location(job.output), job.image.set_name, job.text.set)
-        print(f"extract: {line} -> {job.output}")
+        for text_set in job.text_columns:
+            line = extract_pipeline.match_line(location(job.output), job.image.set_name, text_set)
+            kind = f"{text_set}: " if len(job.text_columns) > 1 else ""
+            print(f"extract: {kind}{line} -> {job.output}")
 
 
 def _run(pipeline: ModuleType, job: Section, dry_run: bool) -> None:

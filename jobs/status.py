@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import time
 import tomllib
 from collections.abc import Iterator
@@ -81,7 +82,7 @@ def _output(path: Path) -> str:
     output = tree.get("output", tree.get("path"))  # of a stage's job file, or of this command's own
     if not isinstance(output, str):
         raise ConfigError(f"{path}: output: required, and missing; give the job file of a stage, or a directory")
-    return output
+    return output if "://" in output else os.path.abspath(os.path.expanduser(output))
 
 
 def _is_run(root: Path) -> bool:

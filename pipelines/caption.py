@@ -188,6 +188,7 @@ def prepare(job: Caption) -> Run:
         cluster=job.cluster,
         swept=[root / PARTS],
         count=count_rows,
+        units_per_worker=2,
         needs_gpu=job.captioner.server is None,
     )
 
@@ -211,10 +212,10 @@ def plan(job: Caption) -> list[tuple[Run, Plan]]:
     return [(run, make_plan(run))]
 
 
-def run(job: Caption) -> list[tuple[Run, Account]]:
-    """Do the job."""
+def run(job: Caption, reasons: Sequence[str] = ()) -> list[tuple[Run, Account]]:
+    """Do the job; with `reasons`, do the rows of a finished one again that were rejected for these."""
     prepared = prepare(job)
-    return [(prepared, execute(prepared, job, partial(_finish, prepared.root)))]
+    return [(prepared, execute(prepared, job, partial(_finish, prepared.root), reasons))]
 
 
 def _finish(root: Path, records: list[Record]) -> None:

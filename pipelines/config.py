@@ -1,11 +1,14 @@
 """The job files of the stages that run on Ray."""
 
+import re
 from typing import Self
 
 from pydantic import Field, model_validator
 
 from pixart_data.config import LocalPath, Section
 from pixart_data.sections import Captioner, Downloads, Filters, ImageFeatures, Source, TextFeatures, UrlLists
+
+_SET_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 
 
 class Cluster(Section):
@@ -115,6 +118,16 @@ class CaptionInput(Section):
     """The output directory of `caption`, or a Parquet or JSONL file, or a folder of them, with a `key` column."""
     column: str = "caption"
     """`raw_caption` takes the text that came with the images."""
+    more: dict[str, str] = {}
+    """Further text sets and the columns that they encode, e.g. `{ text-short = "caption_short", text-raw =
+    "raw_caption" }`; `train` mixes them with `data.text_mix`."""
+
+    @model_validator(mode="after")
+    def _names_folders(self) -> Self:
+        wrong = [name for name in self.more if not _SET_NAME.fullmatch(name)]
+        if wrong:
+            raise ValueError(f"more: expected names of folders, e.g. text-short, found {wrong[0]!r}; rename it")
+        return self
 
 
 class Extract(Section):
@@ -138,4 +151,23 @@ class Extract(Section):
             raise ValueError("source: required, and missing; add [source] with paths = [...]")
         if self.image is not None and self.text is not None and self.image.set_name == self.text.set:
             raise ValueError(f"text.set: expected a name of its own, found '{self.text.set}' for images too")
+        self._more_has_names_of_its_own()
         return self
+
+    def _more_has_names_of_its_own(self) -> None:
+        more = self.captions.more if self.captions is not None else {}
+        if more and self.text is None:
+            raise ValueError("captions.more: expected a section [text] beside it, found none; add one")
+        taken = {self.image.set_name if self.image else None, self.text.set if self.text else None}
+        twice = sorted(name for name in more if name in taken)
+        if twice:
+            raise ValueError(f"captions.more: expected names of their own, found '{twice[0]}' twice; rename one")
+
+    @property
+    def text_columns(self) -> dict[str, str]:
+        """The text sets that the job makes and the column of captions in each, the main one first."""
+        if self.text is None:
+            return {}
+        if self.captions is None:
+            return {self.text.set: ""}
+        return {self.text.set: self.captions.column, **self.captions.more}

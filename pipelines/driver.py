@@ -164,7 +164,7 @@ def execute(
         DataError: If too many rows were rejected, after everything is committed.
         JobError: If units were set aside, after the others are committed, or another run holds the output.
     """
-    _require_known([*reasons, *run.cluster.max_rejected_by_reason])
+    require_known([*reasons, *run.cluster.max_rejected_by_reason])
     with output_lock(run.root) as lease:
         plan = make_plan(run)
         log.info("%s", plan.line(run))
@@ -289,7 +289,8 @@ def _judge(run: Run, account: Account) -> None:
             )
 
 
-def _require_known(reasons: Iterable[str]) -> None:
+def require_known(reasons: Iterable[str]) -> None:
+    """Raise ConfigError, with a suggestion, if a reason for rejecting rows does not exist."""
     known = [str(reason) for reason in Reason]
     for name in reasons:
         if name not in known:

@@ -1,4 +1,4 @@
-"""`pixart extract`: images to VAE posteriors and captions to T5 features, as two feature sets joined by key.
+"""`pixart extract`: images to VAE posteriors and captions to T5 features, as feature sets joined by key.
 
 The sets are separate runs with records of their own, so that another resolution or other captions cost only themselves.
 """
@@ -42,10 +42,16 @@ def plan(job: Extract) -> list[tuple[Run, Plan]]:
     return [(run, make_plan(run)) for run, _ in list(_runs(job))]
 
 
-def run(job: Extract, reasons: Sequence[str] = ()) -> list[tuple[Run, Account]]:
-    """Do the job, images first; with `reasons`, do the rows of a finished one again that were rejected for these."""
+def run(job: Extract, reasons: Sequence[str] = (), only: Path | None = None) -> list[tuple[Run, Account]]:
+    """Do the job, images first.
+
+    Args:
+        reasons: Of a finished job, do the rows again that were rejected for these.
+        only: Just the feature set in this directory.
+    """
     runs = list(_runs(job))  # all of them: a mistake in [text] is not to be found after days of [image]
-    return [(run, execute(run, job, finish, reasons)) for run, finish in runs]
+    wanted = [(run, finish) for run, finish in runs if only is None or str(run.root) == str(only)]
+    return [(run, execute(run, job, finish, reasons)) for run, finish in wanted]
 
 
 def match_line(root: Path, image_set: str, text_set: str) -> str:
@@ -60,7 +66,8 @@ def _runs(job: Extract) -> Iterator[tuple[Run, Finish]]:
     if job.image is not None and job.source is not None:
         yield _image_run(job, job.source, job.image)
     if job.text is not None:
-        yield _text_run(job, job.text)
+        for name, column in job.text_columns.items():
+            yield _text_run(job, job.text.model_copy(update={"set": name}), column)
 
 
 def _image_run(job: Extract, source: Source, config: ImageFeatures) -> tuple[Run, Finish]:
@@ -91,7 +98,7 @@ def _image_run(job: Extract, source: Source, config: ImageFeatures) -> tuple[Run
     return run, partial(_seal_images, root, config)
 
 
-def _text_run(job: Extract, config: TextFeatures) -> tuple[Run, Finish]:
+def _text_run(job: Extract, config: TextFeatures, column: str) -> tuple[Run, Finish]:
     root = location(job.output) / config.set
     require_kind("text.model", config.model, config.subfolder, "t5")
     decided: dict[str, Any] = {
@@ -107,15 +114,15 @@ def _text_run(job: Extract, config: TextFeatures) -> tuple[Run, Finish]:
     units: list[Work] = [NullCaption()]
     if job.captions is not None:
         files = caption_files(location(job.captions.path), "captions.path")
-        require_columns(files, "captions.column", job.captions.column, need_key=True)
+        setting = f"captions.more.{config.set}" if config.set in job.captions.more else "captions.column"
+        require_columns(files, setting, column, need_key=True)
         units += files
-        decided["captions"] = {"column": job.captions.column}
+        decided["captions"] = {"column": column}
     elif job.source is not None:
         units += find_units(job.source)
         decided["source"] = job.source.model_dump(include={"layout", "path_column", "caption_column"})
     else:
         raise ConfigError("captions: required for [text] without [source], and missing; add [captions] with path = ...")
-    column = job.captions.column if job.captions else ""
     run = Run(
         stage=f"{STAGE} {config.set}",
         root=root,
@@ -126,6 +133,7 @@ def _text_run(job: Extract, config: TextFeatures) -> tuple[Run, Finish]:
         swept=[root / INDEX_PARTS, root / TEXT_SHARDS],
         count=_count_texts,
         units_per_worker=2,
+        judged=job.text is None or config.set == job.text.set,  # not every image has a caption of each kind
     )
     return run, partial(_seal_texts, root, config)
 

@@ -60,7 +60,7 @@ class FeatureWriter:
         shards = {}
         for folder, writer in self._writers.items():
             writer.close()
-            shards[folder] = publish(writer.path, self.root, writer.path.parent, self.unit, ".tar")
+            shards[folder] = publish(writer.path, self.root, self.root / folder, self.unit, ".tar")
         for row in self.rows:
             if "shard" in row:
                 row["shard"] = shards[row["shard"]].path

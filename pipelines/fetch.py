@@ -38,7 +38,7 @@ _DECIDES = {
     "max_image_pixels",
 }
 _NO_ANSWER = (Reason.HOST_NOT_FOUND, Reason.CONNECTION_FAILED, Reason.TIMED_OUT)
-_JUDGED_FROM_HOSTS = 10
+_JUDGED_FROM_HOSTS = 50
 
 
 class FetchStage:
@@ -59,6 +59,7 @@ class FetchStage:
         ]
         with _spool() as spool:
             fetched = self._fetch(unit.id, rows, spool, report)
+            _require_network(unit.id, fetched)
             done, files = publish_shard(self.root, unit.id, fetched, spool.read)
         facts = {"list": Path(unit.file.path).name, "first_row": unit.file.start}
         files.append(publish_rows(self.root, unit.id, done))
@@ -102,7 +103,6 @@ class FetchStage:
             report(counted["rows"], counted["rejected"])
 
         self.downloader.fetch(list(wanted), done)
-        _require_network(unit, found)
         seconds = max(time.monotonic() - started_s, 1e-6)
         images = len(rows) - counted["rejected"]
         log.info(
@@ -165,13 +165,13 @@ def _rejected(rows: Sequence[Row]) -> dict[str, int]:
     return dict(sorted(Counter(row["error"] for row in rows if row["error"] is not None).items()))
 
 
-def _require_network(unit: str, found: "dict[str, Download]") -> None:
+def _require_network(unit: str, rows: Sequence[Row]) -> None:
     """A machine that has lost its network must not turn ten thousand good URLs into rejected rows."""
-    asked = [d for d in found.values() if d.error not in (Reason.BAD_URL, Reason.PRIVATE_ADDRESS)]
-    hosts = {urlsplit(download.url).netloc for download in asked}
-    if len(hosts) >= _JUDGED_FROM_HOSTS and all(download.error in _NO_ANSWER for download in asked):
+    asked = [row for row in rows if row["error"] not in (Reason.BAD_ROW, Reason.BAD_URL, Reason.PRIVATE_ADDRESS)]
+    hosts = {urlsplit(row["url"]).netloc for row in asked}
+    if len(hosts) >= _JUDGED_FROM_HOSTS and all(row["error"] in _NO_ANSWER for row in asked):
         raise TransientError(
-            f"{unit}: expected answers from some of {len(hosts)} hosts, found none ({asked[0].detail}); check this "
+            f"{unit}: expected answers from some of {len(hosts)} hosts, found none ({asked[0]['detail']}); check this "
             "machine's network and name servers, then run the same command again"
         )
 
@@ -203,7 +203,7 @@ def plan(job: Fetch) -> list[tuple[Run, Plan]]:
     return [(run, make_plan(run))]
 
 
-def run(job: Fetch) -> list[tuple[Run, Account]]:
-    """Do the job."""
+def run(job: Fetch, reasons: Sequence[str] = ()) -> list[tuple[Run, Account]]:
+    """Do the job; with `reasons`, do the rows of a finished one again that were rejected for these."""
     prepared = prepare(job)
-    return [(prepared, execute(prepared, job, partial(seal_images, prepared.root)))]
+    return [(prepared, execute(prepared, job, partial(seal_images, prepared.root), reasons))]

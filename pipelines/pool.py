@@ -240,6 +240,7 @@ class Pool:
             unit = hand.running.pop(reference)
             hand.rows.pop(unit.id, None)
             cause = error.cause
+            log.debug("%s: %s", unit.id, error)  # with the traceback
             if isinstance(cause, ConfigError | JobError) and not isinstance(cause, TransientError):
                 raise type(cause)(str(cause)) from error
             self._retry(unit, _last_line(error), blamed=True, pause=isinstance(cause, TransientError))

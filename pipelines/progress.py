@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from pipelines.metrics import Metrics, object_store_bytes
 from pixart_data.commits import COMMITS, Record
-from pixart_data.errors import PixArtError
+from pixart_data.errors import JobError, PixArtError
 from pixart_data.logs import is_json
 from pixart_data.runs import (
     STATUS_FILE,
@@ -373,8 +373,17 @@ class _Writer:
                     return
                 path, data = self._pending.pop(next(iter(self._pending)))
             try:
-                write_atomic(path, data)
+                _write(path, data)
             except Exception as error:  # noqa: BLE001  clients of stores raise what they like; no run fails for this
                 if not self._has_failed:
                     log.warning("%s: not written (%s); the job goes on without it", path, error)
                 self._has_failed = True
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        write_atomic(path, data)
+    except (FileNotFoundError, JobError) as error:
+        if not isinstance(error.__cause__ or error, FileNotFoundError):
+            raise
+        write_atomic(path, data)  # the driver swept temporary files away at that moment, this one among them

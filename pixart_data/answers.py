@@ -40,7 +40,6 @@ class Failure(Exception):
     Attributes:
         status: Of the answer, if there was one.
         transient: Asking again may help.
-        silent: No answer came at all; a host that fails this way again and again is left alone.
         retry_after_s: The server's wish.
     """
 
@@ -51,7 +50,6 @@ class Failure(Exception):
         *,
         status: int | None = None,
         transient: bool = False,
-        silent: bool = False,
         retry_after_s: float | None = None,
     ) -> None:
         super().__init__(reason, detail)
@@ -59,7 +57,6 @@ class Failure(Exception):
         self.detail = detail
         self.status = status
         self.transient = transient
-        self.silent = silent
         self.retry_after_s = retry_after_s
 
 
@@ -108,7 +105,7 @@ class Client:
             raise
         except _FAILURES as error:
             found = _failure(error, timeout_s)
-            found.status, found.silent = status, status is None and found.silent
+            found.status = status
             raise found from error
 
 
@@ -231,9 +228,9 @@ def _failure(error: BaseException, timeout_s: float) -> Failure:
         return Failure(Reason.PRIVATE_ADDRESS, str(cause))
     if isinstance(error, TimeoutError):
         what = text if isinstance(error, aiohttp.ServerTimeoutError) else f"not done after {timeout_s:.1f} s"
-        return Failure(Reason.TIMED_OUT, what, transient=True, silent=True)
+        return Failure(Reason.TIMED_OUT, what, transient=True)
     for kinds, reason, transient in _KINDS:
         if isinstance(error, kinds):
             again = transient and getattr(cause, "errno", None) not in _FINAL_NAME_ERRORS
-            return Failure(reason, text, transient=again, silent=True)
-    return Failure(Reason.BAD_RESPONSE, f"not an answer in HTTP: {text}", silent=True)
+            return Failure(reason, text, transient=again)
+    return Failure(Reason.BAD_RESPONSE, f"not an answer in HTTP: {text}")

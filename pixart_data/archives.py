@@ -1,8 +1,8 @@
 """Tars of images in the layout of img2dataset: what `fetch` writes, and which of them make up a finished output.
 
 `images/00012-1a2b3c4d.tar` holds `000120007.jpg`, `.txt` and `.json`; a Parquet of the same name beside it has a row
-for each URL, failures included. Both names carry one digest of both contents, so that the pair is published like any
-other file. `rows/` holds the truth about every row; it is replaced when rows are tried again, the tars are only added to.
+for each URL, failures included. Both names carry one digest of both contents, so that the pair is published like
+any other file. `rows/` holds the truth about every row: it is replaced when rows are tried again, tars are only added.
 """
 
 import hashlib
@@ -132,8 +132,22 @@ def sealed_tars(root: str, names: Collection[str]) -> list[str] | None:
         if {IMAGES, ROWS, COMMITS} <= set(names):
             raise DataError(f"{root}: its images are not all fetched; run `pixart fetch` on it to the end")
         return None
+    manifest = read_seal(location(root))
+    if manifest is None:
+        return None
+    if not manifest["tars"]:
+        raise DataError(f"{root}: not one of its {manifest['rows_in']} URLs gave an image; see its {ROWS}/ for why")
+    return [os.path.join(root, tar["path"]) for tar in manifest["tars"]]
+
+
+def read_seal(root: Path) -> dict[str, Any] | None:
+    """Return the manifest of a finished output of `fetch`; None if the manifest is another stage's.
+
+    Raises:
+        DataError: If it is of another version.
+    """
     try:
-        manifest = json.loads(read_bytes(location(root) / MANIFEST))
+        manifest = json.loads(read_bytes(root / MANIFEST))
     except ValueError:
         return None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -141,9 +155,7 @@ def sealed_tars(root: str, names: Collection[str]) -> list[str] | None:
     if manifest.get("version") != FORMAT_VERSION:
         found = manifest.get("version")
         raise DataError(f"{root}/{MANIFEST}: expected {FORMAT} version {FORMAT_VERSION}, found {found}; fetch it again")
-    if not manifest["tars"]:
-        raise DataError(f"{root}: not one of its {manifest['rows_in']} URLs gave an image; see its {ROWS}/ for why")
-    return [os.path.join(root, tar["path"]) for tar in manifest["tars"]]
+    return manifest
 
 
 def _add(archive: tarfile.TarFile, row: Row, image: bytes) -> None:

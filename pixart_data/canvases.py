@@ -21,6 +21,7 @@ from pixart_data.images import Decoded
 _POLICY = "dct-1"  # a new name whenever the same image comes out otherwise
 _FILTER = "lanczos"
 _LANCZOS_SINCE = (2, 13)  # of PyTorch, on a CPU
+_UP = 1 + 1e-9  # lest a side that should come out whole be a rounding error short of it, and cut
 _MAX_WASTE = 2  # PyTorch resizes also what the crop then drops; a banner a thousand times as long as high is Pillow's
 
 
@@ -73,13 +74,14 @@ def _fit_with_torch(decoded: Decoded, bucket: Bucket, placement: Placement) -> N
     from torch.nn.functional import interpolate
 
     pixels = decoded.pixels
-    x = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # (1, 3, H, W), in memory still (H, W, 3)
+    x = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # (1, 3, H, W), channels last in memory: so is the result
     height_px, width_px = placement.resized_height_px, placement.resized_width_px
     _, _, right, bottom = decoded.box
     if (bottom, right) == pixels.shape[:2]:
         y = interpolate(x, size=(height_px, width_px), mode=_FILTER, antialias=True)
     else:  # the original ends within the last column or row: so does the result, which is cut
-        y = interpolate(x, scale_factor=(height_px / bottom, width_px / right), mode=_FILTER, antialias=True)
+        scales = (height_px / bottom * _UP, width_px / right * _UP)
+        y = interpolate(x, scale_factor=scales, mode=_FILTER, antialias=True)
     left, top = placement.crop_left_px, placement.crop_top_px
     y = y[0, :, top : top + bucket.height_px, left : left + bucket.width_px]  # (3, H, W)
     return np.ascontiguousarray(y.permute(1, 2, 0).numpy())

@@ -84,7 +84,10 @@ class Captioner:
         """Show the model a red and a blue picture: what it makes of them must differ, or it is blind."""
         pictures = [Image.new("RGB", (64, 64), colour) for colour in _CANARIES]
         with torch.inference_mode():
-            inputs = self._inputs(pictures, [self.config.prompt] * len(pictures))
+            try:
+                inputs = self._inputs(pictures, [self.config.prompt] * len(pictures))
+            except ValueError as error:  # a model without a chat template, and a prompt without its image token
+                raise ConfigError(f"captioner.prompt: {self.config.model} does not take it: {error}") from error
             output = self.model.generate(
                 **inputs,
                 do_sample=False,

@@ -1,6 +1,6 @@
 """Many URLs to images: politely, bounded, and with a verdict on every one of them.
 
-A host is asked by a few requests at a time, paused when it says so, and left alone when it stays silent; its robots.txt
+A host is asked by a few requests at a time, paused when it says so, and left alone when it keeps failing; its robots.txt
 is read first. Slow hosts do not hold up others: a request waits for its host before it takes one of the worker's slots,
 and an image is held in memory only as long as it has a slot.
 """
@@ -32,7 +32,8 @@ T = TypeVar("T")
 
 _ROBOTS_REDIRECTS = 5  # RFC 9309, 2.3.1.2
 _NO_ROBOTS = (Reason.NOT_FOUND, Reason.ACCESS_DENIED, Reason.TOO_MANY_REDIRECTS, Reason.BAD_URL)  # RFC 9309, 2.3.1.3
-_SILENT_LIMIT = 12
+_FAILURES_IN_A_ROW = 12
+_HOST_FAILS = (Reason.HOST_NOT_FOUND, Reason.CONNECTION_FAILED, Reason.TIMED_OUT, Reason.RATE_LIMITED)  # and costs time
 _CHECK_THREADS = 4
 _MAX_DETAIL_CHARS = 500
 
@@ -82,11 +83,12 @@ class Downloader:
 
 @dataclass
 class _Host:
-    """How one host is to be treated: its slots, the pause it asked for, its failures in a row to answer at all."""
+    """How one host is to be treated: its slots, the pause it asked for, its failures in a row and the last one's reason."""
 
     slots: asyncio.Semaphore
     not_before_s: float = 0.0
-    num_silent: int = 0
+    num_failures: int = 0
+    reason: Reason = Reason.CONNECTION_FAILED
 
 
 @dataclass
@@ -174,21 +176,22 @@ class _Visit:
         raise Failure(Reason.TOO_MANY_REDIRECTS, f"more than {errand.max_redirects} redirects, the last to {url}"[:300])
 
     async def _ask(self, url: URL, left_s: float, errand: _Errand[T], host: _Host, trace: _Trace) -> Answer:
-        if host.num_silent >= _SILENT_LIMIT:
-            detail = f"{_SILENT_LIMIT} requests in a row to {url.host} got no answer; it is left alone in this unit"
-            raise Failure(Reason.CONNECTION_FAILED, detail)
+        if host.num_failures >= _FAILURES_IN_A_ROW:
+            detail = f"{_FAILURES_IN_A_ROW} requests in a row to {url.host} failed; it is left alone in this unit"
+            raise Failure(host.reason, detail)
         trace.num_attempts = trace.attempt
         look = self._refuse_opt_outs if errand.polite else _accept
         try:
             answer = await self.client.get(url, left_s, errand.max_bytes, look, cut=not errand.polite)
         except Failure as failure:
-            host.num_silent = host.num_silent + 1 if failure.silent else 0
+            host.reason = failure.reason
+            host.num_failures = host.num_failures + 1 if failure.reason in _HOST_FAILS else 0
             if failure.retry_after_s is not None:
                 pause_s = min(failure.retry_after_s, self.config.max_wait_s)
                 host.not_before_s = max(host.not_before_s, time.monotonic() + pause_s)
             trace.status = failure.status
             raise
-        host.num_silent = 0
+        host.num_failures = 0
         trace.status = answer.status
         return answer
 

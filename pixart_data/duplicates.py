@@ -17,9 +17,10 @@ Indices = NDArray[np.signedinteger[Any]]
 """Of samples, in the order of the source."""
 
 HASH_BITS = 64
-_CHUNK = 1 << 22  # positions compared at once: bounds the memory beside the sorted arrays
+_CHUNK = 1 << 20  # positions compared at once: bounds the memory beside the sorted arrays
 _MIXER = np.uint64(0x9E3779B97F4A7C15)  # 2 ** 64 / golden ratio (Knuth): all bits of a number reach the upper ones
-_SORT_NS, _PAIR_NS = 6.0, 12.0  # of one element and level, of one comparison; they only decide how hashes are cut
+# Measured, of a hash in each level of a sort, of a hash, of a comparison; they only decide how hashes are cut.
+_LEVEL_NS, _HASH_NS, _PAIR_NS = 3.0, 25.0, 60.0
 
 
 def exact_duplicates(digests: NDArray[np.uint64]) -> Indices:
@@ -31,9 +32,7 @@ def exact_duplicates(digests: NDArray[np.uint64]) -> Indices:
     Returns:
         (N,): the index of the first sample with the same digest, or -1 where that is the sample itself.
     """
-    order = np.lexsort((digests[:, 1], digests[:, 0])).astype(index_type(len(digests)))
-    found, _ = _repeats(digests, order)
-    return found
+    return _repeats(digests, np.lexsort((digests[:, 1], digests[:, 0])).astype(index_type(len(digests))))
 
 
 def near_duplicates(hashes: NDArray[np.uint64], max_distance_bits: int) -> Indices:
@@ -50,12 +49,13 @@ def near_duplicates(hashes: NDArray[np.uint64], max_distance_bits: int) -> Indic
     Returns:
         (N,): the index of an earlier sample within the distance, or -1 if there is none.
     """
-    # Equal hashes first: crowds of them would be compared in every table.
-    found, singles = _repeats(hashes, _order(hashes))
+    order = np.argsort(hashes, kind="stable").astype(index_type(len(hashes)))
+    found = _repeats(hashes, order)
+    del order
     if max_distance_bits > 0:
-        among = _near(hashes[singles], max_distance_bits)
-        hit = among >= 0
-        found[singles[hit]] = singles[among[hit]]
+        # Equal hashes are left out: crowds of them would be compared in every table.
+        singles = np.flatnonzero(found < 0).astype(np.uint64 if len(hashes) >> 32 else np.uint32)
+        _find_near(hashes, singles, found, max_distance_bits)
     return found
 
 
@@ -64,22 +64,24 @@ def index_type(length: int) -> type[np.signedinteger[Any]]:
     return np.int64 if length >> 31 else np.int32
 
 
-def _order(values: NDArray[np.uint64]) -> Indices:
-    """Return what sorts the values; equal ones stay in the order of the source."""
-    return np.argsort(values, kind="stable").astype(index_type(len(values)))
+def _repeats(values: NDArray[np.uint64], order: Indices) -> Indices:
+    """Return, for each value, the index of the first equal one, or -1 for the first.
 
-
-def _repeats(values: NDArray[np.uint64], order: Indices) -> tuple[Indices, Indices]:
-    """Return, for each value, the index of the first equal one or -1, and the sorted indices of the first ones."""
-    fresh = np.ones(len(order), dtype=bool)
+    Args:
+        order: Sorts the values; equal ones stay in the order of the source.
+    """
+    repeated = np.zeros(len(order), dtype=bool)
     for start in range(1, len(order), _CHUNK):
         stop = min(start + _CHUNK, len(order))
-        differing = values[order[start:stop]] != values[order[start - 1 : stop - 1]]
-        fresh[start:stop] = differing if differing.ndim == 1 else differing.any(axis=1)
-    first = np.full(len(order), -1, dtype=order.dtype)
-    repeats, starts = np.flatnonzero(~fresh), np.flatnonzero(fresh)
-    first[order[repeats]] = order[starts[np.searchsorted(starts, repeats, side="right") - 1]]
-    return first, np.sort(order[fresh])
+        alike = values[order[start:stop]] == values[order[start - 1 : stop - 1]]
+        repeated[start:stop] = alike if alike.ndim == 1 else alike.all(axis=1)
+    places = np.flatnonzero(repeated)
+    begins = np.ones(len(places), dtype=bool)
+    begins[1:] = places[1:] != places[:-1] + 1
+    firsts = np.maximum.accumulate(np.where(begins, places - 1, 0))
+    found = np.full(len(order), -1, dtype=order.dtype)
+    found[order[places]] = order[firsts]
+    return found
 
 
 @dataclass(frozen=True)
@@ -117,23 +119,22 @@ class _Table:
         return (self.ranked[positions] & below).astype(np.int64)
 
 
-def _near(hashes: NDArray[np.uint64], max_distance_bits: int) -> Indices:
-    """Find near ones among different hashes."""
-    found: Indices = np.full(len(hashes), -1, dtype=index_type(len(hashes)))
-    index_bits = np.uint64(max(len(hashes) - 1, 1).bit_length())
-    for mask in _masks(len(hashes), max_distance_bits):
+def _find_near(hashes: NDArray[np.uint64], singles: NDArray[Any], found: Indices, max_distance_bits: int) -> None:
+    """Fill in `found` for those of the hashes, all different, whose sorted indices are `singles`."""
+    index_bits = np.uint64(len(hashes).bit_length())
+    for mask in _masks(len(singles), max_distance_bits):
         # One number for each hash, which is sorted in place: a digest of the masked bits, then the index. Digests that
         # are alike by accident cost a comparison.
-        ranked = hashes & mask
+        ranked = hashes[singles]
+        ranked &= mask
         ranked *= _MIXER
         ranked >>= index_bits
         ranked <<= index_bits
-        ranked |= np.arange(len(hashes), dtype=np.uint64)
+        ranked |= singles
         ranked.sort()
         table = _Table(hashes, ranked, index_bits, max_distance_bits)
         for start in range(1, len(ranked), _CHUNK):
             table.compare(np.arange(start, min(start + _CHUNK, len(ranked))), found)
-    return found
 
 
 def _masks(num_hashes: int, max_distance_bits: int) -> Iterator[np.uint64]:
@@ -141,10 +142,10 @@ def _masks(num_hashes: int, max_distance_bits: int) -> Iterator[np.uint64]:
 
     def estimate_ns(num_blocks: int) -> float:
         num_equal = num_blocks - max_distance_bits
-        bits = HASH_BITS // num_blocks * num_equal
-        pairs = num_hashes**2 / 2 ** (0.9 * bits + 1)  # bits of real pictures are not independent
-        num_tables = comb(num_blocks, num_equal)
-        return num_tables * (num_hashes * log2(num_hashes + 1) * _SORT_NS + pairs * _PAIR_NS)
+        bits = HASH_BITS * num_equal / num_blocks
+        num_pairs = num_hashes**2 / 2 ** (0.9 * bits + 1)  # bits of real pictures are not independent
+        sort_ns = num_hashes * (log2(num_hashes + 1) * _LEVEL_NS + _HASH_NS)
+        return comb(num_blocks, num_equal) * (sort_ns + num_pairs * _PAIR_NS)
 
     num_blocks = min(range(max_distance_bits + 1, max_distance_bits + 8), key=estimate_ns)
     # Neighbouring bits of a perceptual hash go together in pictures: blocks take every n-th bit.

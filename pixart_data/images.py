@@ -185,15 +185,11 @@ def _convert(data: bytes, opened: Image.Image, limits: _Limits) -> Decoded:
     orientation = _tag(opened, _ORIENTATION)  # pillow turns TIFFs upright itself, header size included
     divisor = _divisor(opened, limits)
     several = _has_several_frames(opened)
-    ops = [f"draft{divisor}"] if divisor > 1 else []
     pixels = jpegs.decode(data, opened, divisor)
-    if pixels is None:
-        jpegs.shrink(opened, divisor)
-        opened.load()
-    elif _is_plain(opened):
-        box = jpegs.box((width_px, height_px), divisor, orientation)
-        return Decoded(pixels, width_px, height_px, ",".join(ops), box)
-    work = _Work(opened if pixels is None else Image.fromarray(pixels), ops)
+    ops = [f"draft{divisor}"] if divisor > 1 else []
+    if pixels is not None and _is_plain(opened):  # most photographs: into a picture and back would be two copies
+        return Decoded(pixels, width_px, height_px, ",".join(ops), jpegs.box(opened.size, divisor))
+    work = _Work(_load(opened, divisor) if pixels is None else Image.fromarray(pixels), ops)
     if orientation in _TRANSPOSES:
         work.ops.append(f"exif{orientation}")
     else:
@@ -211,6 +207,12 @@ def _convert(data: bytes, opened: Image.Image, limits: _Limits) -> Decoded:
     work.image.info.clear()  # whoever saves it must not embed the profile that was applied
     box = jpegs.box((width_px, height_px), divisor, orientation)
     return Decoded(work.image, width_px, height_px, ",".join(work.ops), box)
+
+
+def _load(opened: Image.Image, divisor: int) -> Image.Image:
+    jpegs.shrink(opened, divisor)
+    opened.load()
+    return opened
 
 
 def _is_plain(opened: Image.Image) -> bool:

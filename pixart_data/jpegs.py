@@ -61,7 +61,7 @@ def decode(data: bytes, opened: Image.Image, number: int) -> NDArray[np.uint8] |
     """
     if opened.format != "JPEG" or opened.mode not in ("RGB", "L") or decoder() != "simplejpeg":
         return None
-    import simplejpeg
+    import simplejpeg  # type: ignore[import-untyped]
 
     width_px, height_px = (-(-side // number) for side in opened.size)
     colours = "rgb" if opened.mode == "RGB" else "gray"
@@ -80,7 +80,7 @@ def shrink(opened: Image.Image, number: int) -> None:
         opened.draft(None, (max(1, opened.width // number), max(1, opened.height // number)))
 
 
-def box(size: tuple[int, int], number: int, orientation: Any) -> tuple[float, float, float, float]:
+def box(size: tuple[int, int], number: int, orientation: Any = None) -> tuple[float, float, float, float]:
     """Return left, top, right, bottom of what the original covers of its shrunk and upright image, in its pixels.
 
     A side that is no multiple of the divisor is rounded up: the last column or row then reaches beyond the original.

@@ -189,7 +189,7 @@ class Store:
 
     def _find(self, url: str) -> Entry | None:
         folder, name = os.path.split(url.rstrip("/"))
-        if folder.endswith(":/"):  # a bucket
+        if folder.endswith(":"):  # a bucket
             return None if self._entries(url) is None else Entry(url, True, 0, "")
         if folder in self._folders:
             return self._folders[folder].get(name)

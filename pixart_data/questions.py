@@ -27,7 +27,7 @@ class Caption:
     Attributes:
         finish_reason: "stop", "length" where max_new_tokens cut it off, or another word of a server's.
         num_prompt_tokens: Image tokens included; None if a server does not say.
-        num_tokens: Of the answer; None if a server does not say.
+        num_tokens: Of the answer; None if a server does not say. Servers count the token that ends it, too.
     """
 
     text: str

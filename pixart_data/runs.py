@@ -5,7 +5,6 @@ took (resumed, killed, resumed), and anybody who sees the storage can read it. C
 is done; this says how it went.
 """
 
-from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +21,7 @@ VERSION = 1
 SILENT_S = 60.0
 """A running driver writes every five seconds; one that was not heard of for this long is taken for dead."""
 
+_RETRIED = ("fetch", "caption", "extract")  # the stages whose rejected rows `pixart retry` does again
 _NUM_SLOWEST = 10
 _NUM_POINTS = 240
 _POINT_EVERY_S = 5.0
@@ -221,7 +221,8 @@ class Status(_Part):
         self.num_done += 1
         self.rows_in += record.rows_in
         self.rows_out += record.rows_out
-        self.rejected = dict(sorted((Counter(self.rejected) + Counter(record.rejected)).items()))
+        for reason, count in record.rejected.items():
+            self.rejected[reason] = self.rejected.get(reason, 0) + count
 
     def add_slow(self, unit: SlowUnit) -> None:
         """Keep a unit if it is one of the slowest; one that is done again replaces what it took before."""
@@ -295,7 +296,8 @@ def advice(status: Status, place: str, alive: bool) -> list[str]:
     Args:
         place: The output directory, as a person would type it.
     """
-    again = "the same command again" if "://" in place else f"pixart {status.stage.split()[0]} {place}/job.toml"
+    command = status.stage.split()[0]
+    again = "the same command again" if "://" in place else f"pixart {command} {place}/job.toml"
     steps = []
     if status.state == "running" and not alive:
         steps.append(f"the driver is gone, or cannot write here; what is committed stays: {again}")
@@ -305,9 +307,10 @@ def advice(status: Status, place: str, alive: bool) -> list[str]:
         steps.append(f"mend what the error says; then, to go on where it was: {again}")
     if status.num_set_aside and not alive:
         steps.append(f"shards set aside: {status.num_set_aside:,}; mend the cause, then: {again}")
-    if status.num_rejected and not alive:
+    if status.num_rejected and status.state != "running" and command in _RETRIED:
         steps.append(f"rows rejected: {status.num_rejected:,}; to look at some: pixart inspect {place}")
-        steps.append(f"if their cause has passed, to try rejected rows again: pixart retry {place}")
+        if status.num_done == status.num_units:
+            steps.append(f"if their cause has passed, to try rejected rows again: pixart retry {place}")
     return steps
 
 

@@ -9,13 +9,14 @@ import math
 import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pixart_data.errors import DataError
-from pixart_data.storage import local_copy, location, read_bytes
+from pixart_data.stores import is_url, join, open_file, read_object
 from pixart_data.units import Unit, encode_path, split_extension
 
 _MAX_JSON_BYTES = 1 << 20  # SA-1B's masks are larger, and hold no scores
@@ -89,10 +90,10 @@ def _sidecar_scores(unit: Unit, column: str) -> dict[str, float | None]:
     if not unit.sidecar:
         return {}
     try:
-        with local_copy(location(unit.sidecar)) as path, pq.ParquetFile(path) as file:
-            if not {"key", column} <= set(file.schema_arrow.names):
+        with open_file(unit.sidecar) as file, pq.ParquetFile(file) as table:
+            if not {"key", column} <= set(table.schema_arrow.names):
                 return {}
-            rows = file.read(columns=["key", column]).to_pylist()
+            rows = table.read(columns=["key", column]).to_pylist()
     except pa.ArrowInvalid:  # no Parquet; the readers of tars pass it over, too
         return {}
     return {encode_path(row["key"]): _number(row, column) for row in rows if isinstance(row["key"], str)}
@@ -100,9 +101,9 @@ def _sidecar_scores(unit: Unit, column: str) -> dict[str, float | None]:
 
 def _tar_scores(unit: Unit, column: str) -> Iterator[tuple[str, float | None]]:
     """Read the JSON members; of a damaged tar those before the damage."""
-    with local_copy(location(unit.path)) as path:
+    with open_file(unit.path) as file:
         try:
-            with tarfile.open(path, encoding="utf-8") as tar:
+            with tarfile.open(fileobj=file, encoding="utf-8") as tar:
                 for member in tar:
                     if member.name.endswith(".json") and member.isreg() and member.size <= _MAX_JSON_BYTES:
                         content = tar.extractfile(member)
@@ -112,15 +113,17 @@ def _tar_scores(unit: Unit, column: str) -> Iterator[tuple[str, float | None]]:
 
 
 def _folder_score(unit: Unit, file: str, column: str) -> float | None:
+    path = join(unit.path, f"{split_extension(file)[0]}.json")
     try:
-        return _number(_parse(read_bytes(location(unit.path) / f"{split_extension(file)[0]}.json")), column)
+        data = read_object(path, _MAX_JSON_BYTES) if is_url(path) else Path(path).read_bytes()
     except FileNotFoundError:
         return None
+    return _number(_parse(data), column)
 
 
 def _list_rows(unit: Unit, column: str) -> Iterator[Any]:
     """Yield the rows of a list's slice, in the order of its samples."""
-    with location(unit.path).open("rb") as file:
+    with open_file(unit.path) as file:
         if unit.path.lower().endswith(".parquet"):
             with pq.ParquetFile(file) as table:
                 if column in table.schema_arrow.names:

@@ -42,6 +42,7 @@ _REASONS = {
     errno.EPERM: "permission denied; choose an output you may write to",
     errno.EROFS: "the file system is read-only; choose another output",
     errno.EEXIST: "it is a file; choose another output",
+    errno.ENOENT: "there is no such place; make the bucket or the folder, or check the name",
     errno.ENOTDIR: "a part of the path is a file; choose another output",
 }
 _FINAL = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
@@ -109,7 +110,8 @@ def storage(path: Path | str) -> Iterator[None]:
 def _job_error(path: Path | str, error: Exception, verb: str = "write") -> JobError:
     number = error.errno if isinstance(error, OSError) else None
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    what = _REASONS.get(number or 0) or (_REASONS[errno.EACCES] if isinstance(error, PermissionError) else "")
+    number = {FileNotFoundError: errno.ENOENT, PermissionError: errno.EACCES}.get(type(error), number)
+    what = _REASONS.get(number or 0)
     if what:
         return JobError(f"{path}: cannot {verb}: {what}")
     kind = TransientError if is_transient(error) else JobError
@@ -250,16 +252,18 @@ def write_new(path: Path, data: bytes) -> bool:
     """Write a small file only if there is none, which one of several writers achieves; return whether this one did."""
     if is_remote(path):
         store: Any = cast(Any, path).fs
-        try:
-            retrying(lambda: _put_if_absent(store, cast(Any, path).path, data), path)
-        except FileExistsError:
-            return read_bytes(path) == data  # the answer to our own first attempt may have been lost
+        with storage(path):
+            try:
+                retrying(lambda: _put_if_absent(store, cast(Any, path).path, data), path)
+            except FileExistsError:
+                return read_bytes(path) == data  # the answer to our own first attempt may have been lost
         return True
     make_dir(path.parent)
-    try:
-        retrying(lambda: _write_local(path, data, _link), path)
-    except FileExistsError:
-        return False
+    with storage(path):
+        try:
+            retrying(lambda: _write_local(path, data, _link), path)
+        except FileExistsError:
+            return False
     return True
 
 

@@ -31,6 +31,8 @@ _READERS = 16
 _LEAST_READ_BYTES = 1 << 16
 _MOST_READ_BYTES = 4 << 20
 _LARGEST_READ_BYTES = 64 << 20  # a damaged header may ask for anything
+# Errors of botocore that are none of the storage's: who asks, and for what, is wrong.
+_NUMBERS = {"NoCredentialsError": errno.EACCES, "ProfileNotFound": errno.EACCES, "ParamValidationError": errno.EINVAL}
 _VERSIONS = ("ETag", "etag", "md5Hash", "crc32c", "checksum", "LastModified", "last_modified", "mtime", "created")
 
 
@@ -60,8 +62,8 @@ def patiently(what: Callable[[], T], path: str) -> T:
         cause = error.__cause__
         if isinstance(cause, OSError):
             raise cause from None
-        number = errno.EACCES if "redentials" in type(cause).__name__ else errno.EIO
-        raise OSError(number, str(cause)) from cause
+        number = _NUMBERS.get(type(cause).__name__, errno.EIO)
+        raise OSError(number, " ".join(str(cause).split())) from cause
 
 
 def words(error: OSError) -> str:

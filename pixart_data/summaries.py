@@ -102,8 +102,12 @@ def _timeline(status: Status) -> Iterator[str]:
         yield "<p class=note>Too short a run for a curve.</p>"
         return
     yield _steps(rates, "rows per second", ",.1f" if max(rate for _, _, rate in rates) < 100 else ",.0f")
-    workers = [(start, end, float(count)) for (start, _, _), (end, _, count) in zip(points, points[1:], strict=False)]
-    yield "<h2>Workers up</h2>" + _steps([step for step in workers if step[1] > step[0]], "workers", ".0f")
+    workers = [  # a run begins and ends without any
+        (start, end, float(max(before, count)))
+        for (start, _, before), (end, _, count) in zip(points, points[1:], strict=False)
+        if end > start
+    ]
+    yield "<h2>Workers up</h2>" + _steps(workers, "workers", ".0f")
     if status.num_runs > 1:
         yield f"<p class=note>Time at work in {status.num_runs} runs; the pauses between them are left out.</p>"
 
@@ -121,12 +125,12 @@ def _steps(steps: Sequence[tuple[float, float, float]], what: str, form: str) ->
         return f"{floor - value / most * _HEIGHT:.1f}"
 
     outline = " ".join(f"{x(start)},{y(value)} {x(end)},{y(value)}" for start, end, value in steps)
-    label = f"{what}: at most {most:{form}}, over {duration(end_s)}"
+    label = f"{what}, up to {most:{form}}"
     return (
         f'<svg class=curve viewBox="0 0 {_WIDTH} {floor + 20}" role=img aria-label="{escaped(label)}">'
         f'<polygon points="{x(steps[0][0])},{floor} {outline} {x(end_s)},{floor}"/>'
         f"<line x1=0 y1={_TOP} x2={_WIDTH} y2={_TOP} /><line x1=0 y1={floor} x2={_WIDTH} y2={floor} />"
-        f"<text x=2 y={_TOP - 2}>{most:{form}} {what}</text><text x=2 y={floor + 15}>0 s</text>"
+        f"<text x=2 y={_TOP - 2}>{escaped(label)}</text><text x=2 y={floor + 15}>0 s</text>"
         f"<text x={_WIDTH - 2} y={floor + 15} text-anchor=end>{duration(end_s)}</text></svg>"
     )
 

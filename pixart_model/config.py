@@ -6,7 +6,7 @@ Model sizes are functions that return a complete section: `pixart_xl_2()`, `pixa
 """
 
 import re
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -16,6 +16,7 @@ from pixart_data.sections import Device
 Size = Literal["xl-2", "b-2", "s-2", "tiny"]
 Precision = Literal["auto", "bf16", "fp32"]
 Resolution = Literal[256, 512, 1024]
+Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 _RATIO = re.compile(r"(\d+(?:\.\d+)?):(\d+(?:\.\d+)?)")
 
@@ -98,6 +99,9 @@ class Data(Section):
     """Name of the image feature set in it."""
     text_set: str = "text"
     """Name of the text feature set in it."""
+    text_mix: dict[str, Weight] = {}
+    """Several text sets and how often each is drawn from, e.g. `{ text = 0.7, text-short = 0.2, text-raw = 0.1 }`, in
+    place of `text_set`. Each epoch draws anew; a sample that a set lacks is drawn from the others."""
     batch_size: int = Field(default=32, ge=1)
     """Samples in a step. The reference trains 256 px with 176 on each of 64 GPUs; the paper says 178."""
     drop_caption: float = Field(default=0.1, ge=0, le=1)
@@ -106,6 +110,11 @@ class Data(Section):
     """Threads that read batches ahead."""
     num_prefetch: int = Field(default=4, ge=1)
     """Batches read ahead."""
+
+    @property
+    def texts(self) -> dict[str, float]:
+        """The text sets and their weights; one set without a mix."""
+        return self.text_mix or {self.text_set: 1.0}
 
 
 class Optim(Section):

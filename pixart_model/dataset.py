@@ -8,7 +8,6 @@ epoch can be named, and a run continues where it stopped.
 
 import contextlib
 import logging
-import zlib
 from collections import deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,9 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -27,19 +23,18 @@ from pixart_data.buckets import Bucket
 from pixart_data.errors import ConfigError, DataError
 from pixart_data.shards import FeatureSet, feature_sets, read_manifest, tensor_shape
 from pixart_model.config import Data, Model
+from pixart_model.mixture import Mixture
+from pixart_model.places import PLACE_COLUMNS, Places, Rows, columns, read_checked
 
 _ORDER_OF_ROWS, _ORDER_OF_BATCHES = 0, 1
-_PLACE_COLUMNS = ["key", "shard", "offset_bytes", "size_bytes", "crc32"]
-_IMAGE_COLUMNS = [*_PLACE_COLUMNS, "bucket", "height_px", "width_px", "original_height_px", "original_width_px"]
-_TEXT_COLUMNS = [*_PLACE_COLUMNS, "num_tokens"]
+_IMAGE_COLUMNS = [*PLACE_COLUMNS, "bucket", "height_px", "width_px", "original_height_px", "original_width_px"]
+_TEXT_COLUMNS = [*PLACE_COLUMNS, "num_tokens"]
 _log = logging.getLogger(__name__)
-
-Rows = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Counts:
-    """How the two feature sets fit together, in samples."""
+    """How the image set and the text sets fit together, in samples."""
 
     matched: int
     images_without_text: int
@@ -119,31 +114,23 @@ def epoch_plan(bucket_of: Rows, batch_size: int, seed: int, epoch: int) -> Plan:
 
 
 class Dataset:
-    """Matched samples of an image set and a text set. `open_dataset` makes one.
+    """Matched samples of an image set and one or more text sets. `open_dataset` makes one.
 
     Attributes:
         counts: What matched and what did not.
         images: The image feature set.
-        texts: The text feature set.
+        mixture: The text feature sets, matched with the samples.
     """
 
-    def __init__(self, images: FeatureSet, texts: FeatureSet, data: Data) -> None:
-        self.images, self.texts, self.data = images, texts, data
-        places = pc.index_in(images.index["key"], value_set=texts.index["key"])
-        matched = pc.is_valid(places)
-        table = images.index.filter(matched)
-        self._image = _columns(
-            table, ("offset_bytes", "size_bytes", "crc32", "original_height_px", "original_width_px")
-        )
-        self._image |= _columns(table, ("height_px", "width_px"))
-        self._keys, self._image_shards = table["key"], table["shard"]
-        text = texts.index.take(places.filter(matched))
-        self._text = _columns(text, ("offset_bytes", "size_bytes", "crc32", "num_tokens"))
-        self._text_shards = text["shard"]
+    def __init__(self, images: FeatureSet, mixture: Mixture, data: Data) -> None:
+        self.images, self.mixture, self.data = images, mixture, data
+        table = images.index.filter(mixture.match(images.index["key"]))
+        self._image = columns(table, ("original_height_px", "original_width_px", "height_px", "width_px"))
+        self._keys, self._moments = table["key"], Places(images, table)
         buckets = table["bucket"].combine_chunks().dictionary_encode()
         self._bucket_of: Rows = buckets.indices.to_numpy(zero_copy_only=False).astype(np.int64)
         self._ratios = [float(name) for name in buckets.dictionary.to_pylist()]
-        self.counts = Counts(table.num_rows, len(images) - table.num_rows, len(texts) - table.num_rows)
+        self.counts = Counts(table.num_rows, len(images) - table.num_rows, mixture.num_unmatched())
 
     def __len__(self) -> int:
         return self.counts.matched
@@ -156,11 +143,15 @@ class Dataset:
 
     def facts(self) -> dict[str, Any]:
         """Return where the features come from, for a checkpoint to keep: encoders, policies, digests and counts."""
-        sets = {"image": self.images, "text": self.texts}
+        sets = {"image": self.images, "text": self.mixture.main}
         facts: dict[str, Any] = {
             kind: {"model": s.manifest.model, "policy": s.manifest.policy, "index_sha256": s.manifest.index_sha256}
             for kind, s in sets.items()
         }
+        if len(self.mixture.sets) > 1:
+            facts["text_mix"] = {
+                name: {"share": share, "samples": count} for name, (share, count) in self.mixture.shares().items()
+            }
         return facts | {"resolution_px": self.images.manifest.policy["resolution_px"], "counts": asdict(self.counts)}
 
     def require(self, model: Model) -> None:
@@ -170,7 +161,7 @@ class Dataset:
             ConfigError: Naming the key of the job file and the feature set that disagree.
         """
         wanted = (
-            ("caption_width", model.caption_width, self.texts, "width"),
+            ("caption_width", model.caption_width, self.mixture.main, "width"),
             ("in_channels", model.in_channels, self.images, "channels"),
         )
         for key, value, features, fact in wanted:
@@ -193,21 +184,21 @@ class Dataset:
         Raises:
             DataError: If the text set has none, or they are damaged.
         """
-        place = self.texts.manifest.model.get("null")
+        texts = self.mixture.main
+        place = texts.manifest.model.get("null")
         if not place:
-            raise DataError(f"{self.texts.root}: no features of the empty caption; extract the text set again")
-        tokens = np.empty(tensor_shape(place, self.texts.manifest), np.int16)
-        _read_checked(self.texts, place["path"], place, "the empty caption", tokens)
+            raise DataError(f"{texts.root}: no features of the empty caption; extract the text set again")
+        tokens = np.empty(tensor_shape(place, texts.manifest), np.int16)
+        read_checked(texts, place["path"], place, "the empty caption", tokens)
         return torch.from_numpy(tokens).view(torch.bfloat16)  # (n, D)
 
     def first_captions(self, count: int) -> list[Tensor]:
-        """Return the captions of the first samples in the index, bf16 (n_i, D) each."""
+        """Return captions of the first samples in the index, bf16 (n_i, D) each; the same ones each time."""
         captions = []
         for row in range(min(count, len(self))):
-            shape = tensor_shape({"num_tokens": int(self._text["num_tokens"][row])}, self.texts.manifest)
-            captions.append(np.empty(shape, np.int16))
-            self._read_caption(row, self._keys[row].as_py(), captions[-1])
-        return [torch.from_numpy(caption).view(torch.bfloat16) for caption in captions]
+            text, _ = self.mixture.read([row], [self._keys[row].as_py()], seed=0, epoch=0)
+            captions.append(torch.from_numpy(text[0]).view(torch.bfloat16))
+        return captions
 
     def commonest_bucket(self) -> Bucket:
         """Return the bucket with the most samples."""
@@ -233,27 +224,27 @@ class Dataset:
                 while True:
                     while len(ahead) <= self.data.num_prefetch:
                         place, rows = next(positions)
-                        ahead.append((place, pool.submit(self.read, rows)))
+                        ahead.append((place, pool.submit(self.read, rows, place.seed, place.epoch)))
                     place, future = ahead.popleft()
                     yield place, future.result()
             finally:
                 pool.shutdown(cancel_futures=True)
 
-    def read(self, rows: Sequence[int] | Rows) -> Batch:
+    def read(self, rows: Sequence[int] | Rows, seed: int = 0, epoch: int = 0) -> Batch:
         """Read samples of one bucket, checking every tensor against the checksum in the index.
+
+        Args:
+            seed: Of the run; it and the epoch decide which of several texts a sample gets.
+            epoch: From 0.
 
         Raises:
             DataError: Naming the sample that is damaged or missing.
         """
         keys = [self._keys[int(row)].as_py() for row in rows]
-        lengths = self._text["num_tokens"][rows]  # (B,)
         moments = np.empty((len(rows), *self._moments_shape(int(rows[0]))), np.float16)
-        text = np.empty((len(rows), lengths.max(), self.texts.manifest.model["width"]), np.int16)
-        for row, key, one_moments, one_text in zip(rows, keys, moments, text, strict=True):
-            self._read_moments(int(row), key, one_moments)
-            num_tokens = self._text["num_tokens"][row]
-            self._read_caption(int(row), key, one_text[:num_tokens])
-            one_text[num_tokens:] = 0
+        for row, key, one_moments in zip(rows, keys, moments, strict=True):
+            self._moments.read(int(row), key, one_moments)
+        text, lengths = self.mixture.read(rows, keys, seed, epoch)  # (B, L, D), (B,)
         mask = np.arange(text.shape[1]) < lengths[:, None]
         sizes = [self._image[name][rows] for name in ("original_height_px", "original_width_px")]
         ratios = [self._ratios[self._bucket_of[row]] for row in rows]
@@ -269,7 +260,7 @@ class Dataset:
     def close(self) -> None:
         """Close the shards."""
         self.images.close()
-        self.texts.close()
+        self.mixture.close()
 
     def _positions(self, start: Position) -> Generator[tuple[Position, Rows], None, None]:
         epoch, first = start.epoch, start.step
@@ -283,32 +274,29 @@ class Dataset:
         canvas = {name: int(self._image[name][row]) for name in ("height_px", "width_px")}
         return tensor_shape(canvas, self.images.manifest)
 
-    def _read_moments(self, row: int, key: str, out: npt.NDArray[np.float16]) -> None:
-        place = {name: int(self._image[name][row]) for name in ("offset_bytes", "size_bytes", "crc32")}
-        _read_checked(self.images, self._image_shards[row].as_py(), place, key, out)
-
-    def _read_caption(self, row: int, key: str, out: npt.NDArray[np.int16]) -> None:
-        place = {name: int(self._text[name][row]) for name in ("offset_bytes", "size_bytes", "crc32")}
-        _read_checked(self.texts, self._text_shards[row].as_py(), place, key, out)
-
 
 def open_dataset(data: Data) -> Dataset:
     """Open the features that a job file names and join them by key.
 
     Raises:
         ConfigError: If there is no such set.
-        DataError: If a set is not finished or of the wrong kind, or the two have no sample in common.
+        DataError: If a set is not finished or of the wrong kind, or images and texts have no sample in common.
     """
     root = Path(data.features)
     images = _open(root / data.image_set, "image", "F16", _IMAGE_COLUMNS)
-    texts = _open(root / data.text_set, "text", "BF16", _TEXT_COLUMNS)
-    dataset = Dataset(images, texts, data)
+    texts = {name: _open(root / name, "text", "BF16", _TEXT_COLUMNS) for name in data.texts}
+    dataset = Dataset(images, Mixture(texts, data.texts), data)
     counts = dataset.counts
     if not counts.matched:
+        held = " and ".join(f"{name} {len(one)}" for name, one in texts.items())
         raise DataError(
-            f"{root}: {data.image_set} holds {len(images)} samples and {data.text_set} {len(texts)}, with no key in "
-            "common; extract both from the same images"
+            f"{root}: {data.image_set} holds {len(images)} samples and {held}, with no key in common; extract both "
+            "from the same images"
         )
+    if len(texts) > 1:
+        shares = dataset.mixture.shares().items()
+        held = ", ".join(f"{name} {share:.0%} (of {count} samples)" for name, (share, count) in shares)
+        _log.info("%s: texts are drawn from %s", root, held)
     _log.info(
         "%s: %d samples; %d images without text, %d texts without image",
         root, counts.matched, counts.images_without_text, counts.texts_without_image,
@@ -335,27 +323,6 @@ def _open(root: Path, kind: str, dtype: str, columns: list[str]) -> FeatureSet:
             f"{root}: expected {kind} features in {dtype}, found {found[0]} in {found[1]}; name another set"
         )
     return FeatureSet(root, columns)
-
-
-def _columns(table: pa.Table, names: Sequence[str]) -> dict[str, Rows]:
-    return {name: table[name].to_numpy().astype(np.int64) for name in names}
-
-
-def _read_checked(
-    features: FeatureSet, shard: str, place: dict[str, Any], key: str, out: npt.NDArray[np.float16 | np.int16]
-) -> None:
-    """Read a tensor into `out`, which is contiguous."""
-    if out.nbytes != int(place["size_bytes"]):
-        tensor, dtype = features.manifest.tensor, features.manifest.dtype
-        found = f"found {place['size_bytes']} bytes"
-        raise DataError(f"{features.root}: {key}: expected {tensor} {out.shape} in {dtype}, {found}")
-    data = out.reshape(-1).view(np.uint8).data
-    features.read_into(shard, int(place["offset_bytes"]), data)
-    if zlib.crc32(data) != int(place["crc32"]):
-        raise DataError(
-            f"{features.root / shard}: sample {key} is damaged: its checksum differs from the index; "
-            f"`pixart verify {features.root}` names all such samples"
-        )
 
 
 def _shuffled(count: int, seed: int, epoch: int, purpose: int) -> Rows:

@@ -239,8 +239,11 @@ def _steps_done(job: Train, dataset: Dataset, last: Path) -> int:
 def _resumes(job: Train, dataset: Dataset) -> dict[str, Any]:
     """What decides the weights' shapes and the order of samples, so cannot change inside a run."""
     model = {f"model.{key}": value for key, value in job.model.model_dump(exclude={"size"}).items()}
-    sets = {"data.image_set": dataset.images, "data.text_set": dataset.texts}
-    digests = {key: f"{s.root.name} ({s.manifest.index_sha256[:12]})" for key, s in sets.items()}
+    sets = {"data.image_set": [dataset.images], "data.text_set": dataset.mixture.sets}
+    digests = {
+        key: ", ".join(f"{one.root.name} ({one.manifest.index_sha256[:12]})" for one in group)
+        for key, group in sets.items()
+    }
     return model | digests | {"data.batch_size": job.data.batch_size, "run.seed": job.run.seed}
 
 

@@ -140,6 +140,17 @@ def after(seconds, page):
     return send
 
 
+def stall(page):
+    """Send a part, then nothing more."""
+
+    async def send(request, writer):
+        writer.write(page)
+        await writer.drain()
+        await asyncio.sleep(60)
+
+    return send
+
+
 def trickle(page, step_bytes=1, pause_s=0.05):
     """Send a page slowly, but never silent for long."""
 

@@ -292,6 +292,8 @@ def test_a_model_without_a_chat_template_gets_the_words_alone(miniatures, tmp_pa
     captioner = Captioner(Section(model=str(folder), max_new_tokens=2, prompt="<image>\nWhat?"))
     [answer] = captioner.describe(images[:1], ["<image>\nWhat?"])
     assert answer.num_prompt_tokens == 15 + len(captioner.tokenizer("<image>\nWhat?")["input_ids"])
+    with pytest.raises(ConfigError, match="captioner.prompt: .* does not take it: .* Found total 0 <image> tokens"):
+        Captioner(Section(model=str(folder), prompt="What?"))
 
 
 def test_a_processor_that_drops_the_image_is_a_setting_to_mend(llava, images, monkeypatch):

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, PngImagePlugin
 
-from pixart_data.buckets import Bucket, bucket_table, nearest_bucket, place
-from pixart_data.images import Decoded, ImageRejected, decode, fit
+from pixart_data.buckets import bucket_table
+from pixart_data.canvases import fit
+from pixart_data.images import Decoded, ImageRejected, decode
 from pixart_data.records import Reason
 from pixart_data.sections import Source
 from pixart_data.sources import find_units, read_samples
@@ -331,25 +332,14 @@ def test_jpegs_are_shrunk_while_decoding(min_side_px, shrunk):
     assert decode(encoded(picture(600, 400)), max_pixels=LIMIT, min_side_px=min_side_px).ops == ""
 
 
-@pytest.mark.parametrize(("width", "height"), [(96, 64), (64, 96), (333, 500), (40, 31), (512, 512), (1999, 301)])
-def test_fit_is_resize_then_crop(width, height):
-    image = picture(width, height)
-    bucket = nearest_bucket(width, height, bucket_table(256))
-    placement = place(width, height, bucket)
-    left, top = placement.crop_left_px, placement.crop_top_px
-    whole = image.resize((placement.resized_width_px, placement.resized_height_px), Image.Resampling.BICUBIC)
-    expected = whole.crop((left, top, left + bucket.width_px, top + bucket.height_px))
-    found = fit(image, bucket)
-    assert found.shape == (bucket.height_px, bucket.width_px, 3)
-    assert found.dtype == np.uint8
-    assert found.flags.c_contiguous
-    assert np.abs(found.astype(int) - np.asarray(expected, dtype=int)).max() <= 1
-
-
-def test_fit_leaves_what_fits_alone():
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (256, 288, 3), dtype=np.uint8))
-    assert np.array_equal(fit(noise, Bucket("0.89", 256, 288)), np.asarray(noise))
-    assert np.array_equal(fit(noise, Bucket("1.00", 256, 256)), np.asarray(noise)[:, 16:272])
+def test_a_jpeg_is_the_same_as_array_and_as_picture():
+    decoded = decode(encoded(picture(), "JPEG"), max_pixels=LIMIT)
+    assert decoded.image.mode == "RGB"
+    assert np.array_equal(np.asarray(decoded.image), decoded.pixels)
+    turned = decode(encoded(picture(), "JPEG", exif=exif(6)), max_pixels=LIMIT)
+    assert turned.pixels.shape == (96, 64, 3)
+    assert np.array_equal(np.asarray(turned.image), turned.pixels)
+    assert np.array_equal(turned.pixels, np.rot90(decoded.pixels, -1))
 
 
 def test_damaged_bytes_raise_nothing_else():
@@ -388,5 +378,5 @@ def test_real_photographs_decode():
     for unit in find_units(source):
         for sample in read_samples(unit, source):
             decoded = decode(sample.data, max_pixels=source.max_image_pixels, min_side_px=128)
-            sizes.add(fit(decoded.image, bucket_table(256)[20]).shape)
+            sizes.add(fit(decoded, bucket_table(256)[20]).shape)
     assert sizes == {(256, 256, 3)}

@@ -179,13 +179,20 @@ def test_figures_are_json_and_say_when_they_are_unknown():
         ({"state": "stopped"}, False, ["to go on where it was: pixart caption out/job.toml"]),
         ({"state": "failed"}, False, ["mend what the error says"]),
         ({"state": "failed", "failed": {"b": failed()}}, False, ["shards set aside: 1; mend the cause"]),
-        ({"state": "done", "rejected": {"too_large": 7}}, False, ["rows rejected: 7", "pixart retry out"]),
+        ({"state": "done", "num_done": 10, "rejected": {"x": 7}}, False, ["rows rejected: 7", "pixart retry out"]),
+        ({"stage": "filter", "state": "done", "num_done": 10, "rejected": {"x": 7}}, False, []),
     ],
 )
 def test_the_next_step_is_something_to_type(known, alive, steps):
     said = advice(status(**known), "out", alive)
     assert bool(said) == bool(steps)
     assert all(step in " ".join(said) for step in steps)
+
+
+def test_rows_of_an_unfinished_run_are_not_to_be_tried_again_yet():
+    said = advice(status(state="stopped", num_done=4, rejected={"x": 7}), "out", False)
+    assert "pixart inspect out" in said[-1]
+    assert "pixart retry" not in " ".join(said)
 
 
 def test_the_job_file_of_an_object_store_is_not_passed_to_a_command():
@@ -234,11 +241,19 @@ def test_the_page_holds_the_account_and_needs_nothing_else():
 def test_the_curve_has_the_rates_of_the_timeline():
     told = status(state="done", timeline=[(0, 0, 1), (10, 100, 1), (10, 100, 1), (20, 500, 1), (40, 500, 1)])
     html = summary_page(told, "out")
-    assert "40.0 rows per second" in html
+    assert "rows per second, up to 40.0" in html
     curve = html.split('points="')[1].split('"')[0].split()
     floor, top = 162.0, 12.0
     heights = [float(point.split(",")[1]) for point in curve]
     assert heights == [floor, *[floor - 150 / 4] * 2, *[top] * 2, *[floor] * 2, floor]
+
+
+def test_workers_are_drawn_up_to_the_end_of_each_run():
+    told = status(
+        state="done", timeline=[(0, 0, 0), (10, 100, 4), (20, 200, 0), (20, 200, 0), (30, 300, 2), (40, 400, 0)]
+    )
+    curve = summary_page(told, "out").split('points="')[2].split('"')[0].split()
+    assert [float(point.split(",")[1]) for point in curve] == [162, *[12] * 4, *[87] * 4, 162]
 
 
 def test_a_page_of_a_run_that_did_nothing_is_whole():

@@ -1,13 +1,19 @@
+import errno
+import json
 import os
 import pickle
 import re
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from pixart_data import storage
 from pixart_data.errors import ConfigError, DataError
 from pixart_data.records import Reason
 from pixart_data.sections import Source
@@ -299,3 +305,58 @@ def test_real_tars():
     assert captions[120:] == [None] * 120
     assert (samples[0].key, samples[0].caption) == ("laion_00000/000000000", "fire engine")
     assert samples[120].key == "sa_000000/sa_1"
+
+
+@pytest.mark.parametrize("kind", ["folder", "jsonl", "json", "parquet"])
+def test_storage_that_recovers_is_waited_for(tmp_path, monkeypatch, kind):
+    top = folder(tmp_path)
+    rows = [{"path": f"{name}.jpg", "caption": "x"} for name in ("a", "b", "gone")]
+    write(top / "x.jsonl", "\n".join(map(json.dumps, rows)))
+    write(top / "x.json", json.dumps(rows))
+    pq.write_table(pa.Table.from_pylist(rows), top / "x.parquet")
+    path = top if kind == "folder" else top / f"x.{kind}"
+    expected, units = read(path), units_of(path)
+    monkeypatch.setattr("pixart_data.storage._FIRST_WAIT_S", 0.0001)
+    failed = []
+
+    def fail_now_and_then(real: Callable[..., object]) -> Callable[..., object]:
+        calls = [0]
+
+        def call(*args: object, **options: object) -> object:
+            calls[0] += 1
+            if calls[0] % 3 == 1:
+                failed.append(real)
+                raise OSError(errno.ESTALE, "Stale file handle")
+            return real(*args, **options)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", fail_now_and_then(open))
+        patch.setattr(os, "scandir", fail_now_and_then(os.scandir))
+        assert units_of(path) == units
+        assert [sample for unit in units for sample in read_samples(unit, source(path))] == expected
+    assert len(failed) > 2
+
+
+@pytest.mark.parametrize("kind", ["folder", "jsonl"])
+def test_storage_that_keeps_failing_is_an_error_not_a_row(tmp_path, monkeypatch, kind):
+    top = folder(tmp_path)
+    write(top / "x.jsonl", json.dumps({"path": "a.jpg"}))
+    path = top if kind == "folder" else top / "x.jsonl"
+    (unit,) = units_of(path)
+    monkeypatch.setattr("pixart_data.storage._FIRST_WAIT_S", 0.0001)
+    attempts = []
+    real = open
+
+    def fail(name: object, *args: object, **options: object) -> object:
+        if str(name).endswith("a.JPG") or str(name).endswith("a.jpg"):
+            attempts.append(name)
+            raise OSError(errno.EIO, "Input/output error")
+        return real(name, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", fail)
+        with pytest.raises(DataError, match=r"a.(jpg|JPG): cannot be read: Input/output error; check the storage"):
+            list(read_samples(unit, source(path)))
+    assert len(attempts) == storage._ATTEMPTS

@@ -158,7 +158,7 @@ def test_a_store_that_stays_away_is_a_transient_error(bucket, s3_server, monkeyp
 
 
 def test_a_bucket_that_is_not_there_is_said_to_be(s3_server):
-    with pytest.raises(JobError, match="s3://never-made-bucket/out/a: cannot write: .*bucket"):
+    with pytest.raises(JobError, match="s3://never-made-bucket/out/a: cannot write: there is no such place; make the bucket"):
         write_atomic(location("s3://never-made-bucket/out") / "a", b"a")
 
 

@@ -106,3 +106,24 @@ def test_a_wrong_token_is_one_line(submit, tmp_path):
     assert refused.returncode == 4
     [line] = [line for line in refused.stderr.splitlines() if line.startswith("pixart")]
     assert "the cluster wants a token, and refused ours or found none" in line
+
+
+def test_a_job_can_be_left_looked_at_and_stopped(submit, job_file, tmp_path):
+    """It waits for more nodes than there are, so that it runs for as long as nobody stops it."""
+    (tmp_path / "captions.jsonl").write_text('{"caption": "a red house"}\n')
+    sets = [{"name": "mine", "path": str(tmp_path / "captions.jsonl")}]
+    job = job_file("stats", {"output": str(tmp_path / "report"), "approximate": True, "sets": sets})
+    left = submit("stats", job, "--nodes", "3", "--gpus-per-node", "0", "--no-follow")
+    assert left.returncode == 0, left.stderr
+    name = left.stdout.strip()
+    deadline_s = time.monotonic() + START_S
+    while "nodes: 1 of 3 have joined" not in (logs := submit("logs", name, "--no-follow").stdout):
+        assert time.monotonic() < deadline_s, logs
+    assert f"{name}  stats  RUNNING" in submit("status", name).stdout
+    stopped = submit("stop", name)
+    assert stopped.returncode == 0, stopped.stderr
+    assert f"{name}  stats  STOPPED" in stopped.stdout
+    assert not (tmp_path / "report/report.html").exists()
+    unknown = submit("stop", "raysubmit_nobody")
+    assert unknown.returncode == 2
+    assert "raysubmit_nobody: expected a job of the cluster" in unknown.stderr

@@ -158,9 +158,10 @@ def test_the_runs_of_a_dataset_are_shown_one_after_another(capsys, tmp_path):
     assert [run["stage"] for run in json.loads(out)["runs"]] == ["extract 256px", "extract text"]
 
 
-def test_a_job_file_stands_for_its_output(capsys, tmp_path):
+def test_a_job_file_stands_for_its_output(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "out")
-    (tmp_path / "caption.toml").write_text(f'output = "{tmp_path}/out"\n[source]\npaths = ["x"]\n')
+    (tmp_path / "caption.toml").write_text('output = "out"\n[source]\npaths = ["x"]\n')
     code, out, _ = status(capsys, tmp_path / "caption.toml")
     assert code == 0
     assert out.startswith(f"caption -> {tmp_path}/out\n")

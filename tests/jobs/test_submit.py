@@ -1,4 +1,5 @@
 import socket
+import subprocess
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
@@ -6,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import requests
 from aiohttp import ServerDisconnectedError
+from ray.job_submission import JobStatus
 
 from jobs import cli, submit
 from jobs.cli import submit_parser
@@ -16,10 +18,18 @@ from pixart_data.errors import JobError
 class FakeClient:
     """Stands for Ray's client: takes one job, says a few words, and ends as it is told to."""
 
-    def __init__(self, exit_code=0, status="SUCCEEDED", refuse=None, lose=None, lose_info=None):
-        self.info = SimpleNamespace(driver_exit_code=exit_code, status=status, message="what happened")
-        self.refuse, self.lose, self.lose_info = refuse, lose, lose_info
-        self.jobs = []
+    def __init__(self, exit_code=0, status="SUCCEEDED", refuse=None, lose=None, lose_info=None, stops_after=0):
+        self.info = SimpleNamespace(
+            driver_exit_code=exit_code,
+            status=JobStatus(status),
+            message="what happened",
+            submission_id="raysubmit_1",
+            metadata={"pixart": "caption"},
+            start_time=1000,
+            end_time=1000 + 3_661_000,
+        )
+        self.refuse, self.lose, self.lose_info, self.stops_after = refuse, lose, lose_info, stops_after
+        self.jobs, self.stopped = [], []
 
     def submit_job(self, **job):
         if self.refuse:
@@ -37,7 +47,21 @@ class FakeClient:
     def get_job_info(self, name):
         if self.lose_info:
             raise self.lose_info
+        if self.stopped and not self.info.status.is_terminal():
+            self.stops_after -= 1
+            if self.stops_after <= 0:
+                self.info.status = JobStatus.STOPPED
         return self.info
+
+    def get_job_logs(self, name):
+        return "so far\n"
+
+    def list_jobs(self):
+        return [self.info, SimpleNamespace(metadata={}, start_time=1)]  # somebody else's too
+
+    def stop_job(self, name):
+        self.stopped.append(name)
+        return not self.info.status.is_terminal()
 
 
 @pytest.fixture
@@ -171,3 +195,76 @@ def test_nobody_at_the_address_is_one_line(monkeypatch):
             JobError, match=f"{address}: no Ray dashboard answers: .*; start one with `ray start --head`"
         ):
             submit.submit("verify", Verify(path="/x"), submit_parser().parse_args(["--address", address]))
+
+
+def test_without_following_it_says_the_id_and_stops(cluster, job, capsys):
+    client, code = cluster("caption", job, "--no-follow", lose=AssertionError("followed"))
+    assert (code, capsys.readouterr().out, len(client.jobs)) == (0, "raysubmit_1\n", 1)
+
+
+def test_it_waits_for_nodes_when_told_how_many(cluster, job):
+    client, _ = cluster("caption", job, "--nodes", "8", "--gpus-per-node", "4")
+    entrypoint = client.jobs[0]["entrypoint"]
+    assert "python -m jobs.nodes 8 --gpus-per-node 4 --ask --at-least 1 && exec pixart caption job.toml" in entrypoint
+    assert subprocess.run(["sh", "-n"], input=entrypoint, text=True).returncode == 0
+
+
+def test_without_a_number_it_does_not_wait_for_nodes(cluster, job):
+    client, _ = cluster("caption", job)
+    assert "jobs.nodes" not in client.jobs[0]["entrypoint"]
+
+
+def test_status_is_one_line(cluster, capsys):
+    assert cluster("status", "raysubmit_1", exit_code=None, status="RUNNING")[1] == 0
+    line = capsys.readouterr().out
+    assert line.startswith("raysubmit_1  caption  RUNNING  since ")
+    assert line.endswith("for 1:01:01\n")
+
+
+def test_status_without_an_id_lists_the_jobs_that_are_ours(cluster, capsys):
+    assert cluster("status", exit_code=3, status="FAILED")[1] == 0
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith("raysubmit_1  caption  FAILED")
+    assert line.endswith("exit code 3")
+
+
+def test_logs_follow_to_the_end_and_exit_as_the_job_does(cluster, capsys):
+    assert cluster("logs", "raysubmit_1", exit_code=3, status="FAILED")[1] == 3
+    assert capsys.readouterr().out == "log of raysubmit_1\ndone\n"
+
+
+def test_logs_without_following_are_what_there_is(cluster, capsys):
+    assert cluster("logs", "raysubmit_1", "--no-follow", exit_code=None, status="RUNNING")[1] == 0
+    assert capsys.readouterr().out == "so far\n"
+
+
+def test_stop_waits_until_the_job_is_gone(cluster, capsys):
+    client, code = cluster("stop", "raysubmit_1", exit_code=None, status="RUNNING", stops_after=2)
+    assert (code, client.stopped) == (0, ["raysubmit_1"])
+    assert "raysubmit_1  caption  STOPPED" in capsys.readouterr().out
+
+
+def test_a_job_that_does_not_stop_is_said_to_be(cluster, capsys, monkeypatch):
+    monkeypatch.setattr(submit, "_STOP_S", 0.1)
+    assert cluster("stop", "raysubmit_1", exit_code=None, status="RUNNING", stops_after=10**9)[1] == 4
+    assert "raysubmit_1: still RUNNING 0.1 s after it was asked to stop" in capsys.readouterr().err
+
+
+def test_to_stop_a_finished_job_is_no_error(cluster, capsys):
+    client, code = cluster("stop", "raysubmit_1")
+    assert (code, client.stopped) == (0, ["raysubmit_1"])
+    assert "raysubmit_1  caption  SUCCEEDED" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("word", ["status", "logs", "stop"])
+def test_an_unknown_job_is_one_line(cluster, capsys, word):
+    error = RuntimeError("Request failed with status code 404: Job raysubmit_2 does not exist.")
+    assert cluster(word, "raysubmit_2", "--address", "http://head:8265", lose_info=error)[1] == 2
+    assert "raysubmit_2: expected a job of the cluster at http://head:8265, found none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", lost()[:4], ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("word", ["status", "logs", "stop"])
+def test_a_cluster_that_does_not_answer_is_one_line(cluster, capsys, word, error):
+    assert cluster(word, "raysubmit_1", lose_info=error)[1] == 4
+    assert "the cluster does not answer" in capsys.readouterr().err

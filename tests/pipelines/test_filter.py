@@ -1,4 +1,5 @@
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +13,8 @@ from pixart_data.commits import read_records, read_table
 from pixart_data.config import load
 from pixart_data.errors import ConfigError, DataError
 from pixart_data.selection import read_selection
+from pixart_data.sources import find_units, read_samples
+from pixart_data.storage import location, write_atomic
 
 pytestmark = pytest.mark.usefixtures("ray_here")
 
@@ -272,3 +275,31 @@ def test_the_command_prints_the_plan_and_the_account(folder, tmp_path, pixart):
     done = pixart("filter", path)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"filter: 15 in = 13 out + 2 rejected (too_small 1, truncated_image 1) -> {tmp_path}/out\n"
+
+
+def by_hand(job):
+    """Do a job without Ray, whose workers would not know where the object store is; returns the root."""
+    run = filter.prepare(job)
+    stage = run.build()
+    records = [replace(stage(unit, lambda rows, rejected: None), settings=run.settings(unit)) for unit in run.units]
+    filter.decide(run.root, job.filters, records)
+    return run.root
+
+
+def test_an_object_store_gets_what_a_disk_gets(folder, tmp_path, bucket):
+    (folder / "a0.json").write_text('{"pwatermark": 0.9}')
+    filters = ALL | {"watermark_column": "pwatermark", "max_watermark": 0.8}
+    here = by_hand(job_of(folder, tmp_path / "out", filters))
+    there = location(f"{bucket}/filtered")
+    for path in folder.iterdir():
+        write_atomic(location(f"{bucket}/pictures/{path.name}"), path.read_bytes())
+    job = job_of(f"{bucket}/pictures", there, filters)
+    assert by_hand(job) == there
+    one, other = read_selection(here), read_selection(there)
+    assert [part.file for part in one.parts] == [part.file for part in other.parts]
+    assert one.rejected_file == other.rejected_file
+    assert one.rejected["watermark"] == 1
+    source = job.source.model_copy(update={"kept": str(there)})
+    read = [sample.key for unit in find_units(source) for sample in read_samples(unit, source)]
+    assert [key.split("/")[1] for key in read] == kept(here)
+    assert "a0" not in kept(here)

@@ -1,5 +1,6 @@
 import json
 import logging
+import os
 import threading
 import time
 from types import SimpleNamespace
@@ -480,6 +481,21 @@ def test_a_status_that_cannot_be_written_fails_no_run(clock, lines, begin, tmp_p
     said = [line for line in lines() if "the disk is full" in line]
     assert len(said) == 1
     assert "the job goes on without it" in said[0]
+
+
+def test_a_status_is_written_though_the_sweep_takes_its_temporary_file(lines, begin, tmp_path, monkeypatch):
+    rename, swept = os.replace, []
+
+    def swept_first(source, target):
+        if not swept:
+            swept.append(sweep(tmp_path, []))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", swept_first)
+    begin(2).close("done")
+    assert swept == [1]
+    assert read_status(tmp_path).state == "done"
+    assert lines() == []
 
 
 def test_storage_that_hangs_holds_up_neither_the_work_nor_the_end(clock, lines, begin, monkeypatch):

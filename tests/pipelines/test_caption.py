@@ -1,0 +1,216 @@
+"""Captioning on Ray: by servers as by the model in the worker, and several captions of each image."""
+
+import logging
+import random
+import shutil
+import threading
+import time
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines import caption
+from pipelines.caption import CaptionStage
+from pipelines.config import Caption
+from pixart_data import chats
+from pixart_data.config import load
+from pixart_data.errors import JobError
+from pixart_data.sources import find_units
+from tests.chats import ChatServer, answer, completion, status
+
+pytestmark = pytest.mark.usefixtures("ray_here")
+
+MODEL = "org/model"
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr(chats, "_FIRST_PAUSE_S", 0.01)
+    with ChatServer() as running:
+        yield running
+
+
+@pytest.fixture
+def folder(pictures, tmp_path):
+    """The demo's pictures, two of them without a raw caption, and one that is broken."""
+    copy = shutil.copytree(pictures, tmp_path / "pictures")
+    (copy / "broken.jpg").write_bytes(b"\xff\xd8\xff")
+    return copy
+
+
+def make_job(folder, output, **captioner):
+    section = {"model": MODEL, "max_new_tokens": 6, **captioner}
+    given = {"output": str(output), "source": {"paths": [str(folder)], "rows_per_unit": 5}, "captioner": section}
+    return load(Caption, None, [], {**given, "cluster": {"num_workers": 1, "cpus_per_worker": 0.1}})
+
+
+def served(server, **settings):
+    return {"urls": [server.url], "patience_s": 0.0, "max_attempts": 2, "concurrency": 4, **settings}
+
+
+def rows_of(job):
+    return {row["key"].partition("/")[2]: row for row in pq.read_table(f"{job.output}/parts").to_pylist()}
+
+
+def nothing(rows, rejected):
+    """Report to nobody."""
+
+
+def unasked(plan):
+    """Count the images that a plan leaves to do."""
+    return [unit.id for unit, _ in plan.todo]
+
+
+def test_servers_write_the_table_that_the_model_in_the_worker_writes(folder, miniatures, served_llava, tmp_path):
+    same = {"model": miniatures["llava"], "prompts": {"short": "In short?"}, "prompt_with_caption": "{caption}, go on"}
+    here = make_job(folder, tmp_path / "here", batch_size=3, **same)
+    there = make_job(folder, tmp_path / "there", server=served_llava, **same)
+    accounts = [caption.run(job)[0][1] for job in (here, there)]
+    assert accounts[0] == accounts[1]
+    assert accounts[0].line() == "13 in = 12 out + 1 rejected (truncated_image 1)"
+    ends = ["finish_reason", "num_tokens", "finish_reason_short", "num_tokens_short"]
+    tables = [pq.read_table(f"{job.output}/parts").drop_columns(ends) for job in (here, there)]
+    assert tables[0].to_pylist() == tables[1].to_pylist()  # the server counts the token that ends an answer, too
+    assert tables[0]["caption_short"].null_count == 1
+    assert caption.prepare(here).needs_gpu
+    assert not caption.prepare(there).needs_gpu
+
+
+def test_rows_keep_the_order_of_the_source_whatever_the_answers_take(folder, server, tmp_path):
+    rng = random.Random(0)
+
+    def slowly(handler, request):
+        time.sleep(rng.uniform(0.0, 0.1))
+        answer(handler, request)
+
+    server.usual = slowly
+    job = make_job(folder, tmp_path / "out", server=served(server))
+    caption.run(job)
+    keys = [
+        key for part in sorted((tmp_path / "out/parts").iterdir()) for key in pq.read_table(part)["key"].to_pylist()
+    ]
+    assert keys == sorted(keys)
+    assert len(keys) == 13
+    assert 1 < server.max_in_flight <= 4
+
+
+def test_a_row_is_rejected_for_want_of_its_main_caption_only(folder, server, tmp_path, caplog):
+    def picky(handler, request):
+        if request.prompt == "Main, house pic":
+            handler.say(200, completion("", 90, 1))
+        elif request.prompt == "Main, farm house":
+            handler.say(400, "no farms")
+        elif request.prompt == "Short?":
+            handler.say(200, completion("" if request.image.size[0] > 400 else "short", 80, 2, "length"))
+        else:
+            answer(handler, request)
+
+    for path in folder.glob("*.txt"):
+        path.write_text(path.stem.replace("_", " "))
+    (folder / "house_day.txt").write_text("house pic")
+    (folder / "farm.txt").write_text("farm house")
+    server.usual = picky
+    prompts = {"short": "Short?", "quoting": "{caption}?"}
+    job = make_job(
+        folder,
+        tmp_path / "out",
+        server=served(server, max_side_px=500),
+        prompt="Main",
+        prompt_with_caption="Main, {caption}",
+        prompts=prompts,
+    )
+    with caplog.at_level(logging.INFO):
+        [(_, account)] = caption.run(job)
+    assert account.line() == "13 in = 10 out + 3 rejected (empty_caption 1, refused 1, truncated_image 1)"
+    rows = rows_of(job)
+    assert rows["house_day"]["error"] == "empty_caption"
+    assert rows["house_day"]["prompt"] == "Main, house pic"
+    assert (rows["farm"]["error"], rows["farm"]["caption"]) == ("refused", None)
+    assert "no farms" in rows["farm"]["detail"]
+    orchard, lodge = rows["orchard"], rows["lodge"]
+    assert orchard["status"] == "ok"
+    assert (orchard["caption_short"], orchard["error_short"]) == (None, "empty_caption")
+    assert orchard["caption_quoting"].endswith("orchard?")
+    assert [lodge[f"{name}_short"] for name in ("caption", "finish_reason", "num_tokens")] == ["short", "length", 2]
+    assert lodge["error_short"] is None
+    assert (lodge["caption_quoting"], lodge["error_quoting"]) == (None, "no_caption")
+    num_wide = sum(row["error_short"] == "empty_caption" for row in rows.values())
+    assert 0 < num_wide < 12
+    assert f"caption: caption_short: images without it, beside those rejected: empty_caption {num_wide}" in caplog.text
+    assert "caption: caption_quoting: images without it, beside those rejected: no_caption 2" in caplog.text
+
+
+def test_what_does_not_decide_the_captions_redoes_nothing(folder, server, tmp_path):
+    def todo(settings=None, **captioner):
+        job = make_job(folder, tmp_path / "out", server=served(server, **(settings or {})), **captioner)
+        [(run, plan)] = caption.plan(job)
+        return plan.line(run).partition(" (")[2].partition(")")[0]
+
+    caption.run(make_job(folder, tmp_path / "out", server=served(server)))
+    same = {"urls": ["http://elsewhere/v1"], "concurrency": 9, "timeout_s": 1.0, "api_key_env": "KEY"}
+    assert todo(same) == ""
+    assert todo({"jpeg_quality": 70}) == "0 new; 3 redone: captioner.server.jpeg_quality changed"
+    assert todo(prompts={"short": "x"}) == "0 new; 3 redone: captioner.prompts changed"
+    assert todo(model="org/other") == "0 new; 3 redone: captioner.model changed"
+
+
+def test_a_server_that_is_away_for_a_while_costs_a_shard_an_attempt(folder, server, tmp_path, caplog):
+    server.plan.extend([status(429)] * 4)
+    with caplog.at_level(logging.INFO):
+        [(_, account)] = caption.run(make_job(folder, tmp_path / "out", server=served(server)))
+    assert account.rows_out == 12
+    assert "captioner.server: expected an answer, found none" in caplog.text
+
+
+def test_a_server_that_is_not_there_ends_the_job_with_a_line(folder, tmp_path):
+    with ChatServer() as gone:
+        job = make_job(folder, tmp_path / "out", server=served(gone))
+    with pytest.raises(JobError, match="captioner.server: .* cannot be reached: .*; start the server"):
+        caption.run(job)
+
+
+def test_rejected_rows_are_asked_about_again(folder, server, tmp_path):
+    job = make_job(folder, tmp_path / "out", server=served(server))
+    [unit, *_] = find_units(job.source)
+    stage = CaptionStage(job)
+    server.plan.extend([status(400, "not now"), answer, status(400, "not now")])
+    before = stage(unit, nothing)
+    assert before.rejected["refused"] == 2
+    num_asked = len(server.of_rows)
+    after = stage.retry(unit, ("refused",), before, nothing)
+    assert len(server.of_rows) - num_asked == 2
+    assert after.rejected == {reason: count for reason, count in before.rejected.items() if reason != "refused"}
+    assert after.rows_in == before.rows_in
+    fresh = CaptionStage(make_job(folder, tmp_path / "fresh", server=served(server)))(unit, nothing)
+    assert [file.sha256 for file in after.files] == [file.sha256 for file in fresh.files]
+    stage.captioner.close()
+
+
+def test_a_slow_server_holds_back_the_decoding(server, tmp_path, pictures):
+    """Prepared pictures wait for the server, not in memory."""
+    folder = tmp_path / "many"
+    folder.mkdir()
+    source = next(pictures.glob("*.png"), None) or next(pictures.glob("*.jpg"))
+    for i in range(60):
+        (folder / f"{i:02d}{source.suffix}").symlink_to(source)
+    job = make_job(folder, tmp_path / "out", server=served(server, concurrency=2))
+    job = job.model_copy(update={"source": job.source.model_copy(update={"rows_per_unit": 60})})
+    stage = CaptionStage(job)
+    opened = threading.Event()
+    server.usual = lambda handler, request: (opened.wait(60), answer(handler, request))
+    prepared = []
+    prepare = stage.captioner.prepare
+    stage.captioner.prepare = lambda image: (prepared.append(image.size), prepare(image))[1]
+    done = []
+    working = threading.Thread(target=lambda: done.append(stage(find_units(job.source)[0], nothing)))
+    working.start()
+    deadline_s = time.monotonic() + 20
+    while len(server.of_rows) < 2 and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+    working.join(1.0)  # time to prepare more, if it were not held back
+    assert len(server.of_rows) == 2
+    assert 2 <= len(prepared) <= 2 * 2 + 2 * 2  # of which one for each decoding thread is still pixels
+    opened.set()
+    working.join(60)
+    assert done[0].rows_out == len(prepared) == 60
+    stage.captioner.close()
