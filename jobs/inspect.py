@@ -153,6 +153,8 @@ def _caption(row: dict[str, Any]) -> Iterator[str]:
     yield f"  {row['key']} ({row['width_px']} x {row['height_px']} px{_ops(row['image_ops'])})"
     yield f"    raw      {_short(row['raw_caption'])}"
     yield f"    caption  {_short(row['caption'])}"
+    for name in (name for name in row if name.startswith("caption_")):
+        yield f"    {name.removeprefix('caption_'):8} {_short(row[name])}"
 
 
 def _fetched(paths: list[Path], num_samples: int) -> Iterator[str]:

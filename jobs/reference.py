@@ -67,6 +67,8 @@ def _type(field: FieldInfo) -> str:
         return " ".join(f"`{value}`" for value in typing.get_args(annotation))
     if typing.get_origin(annotation) is list:
         return "list"
+    if typing.get_origin(annotation) is dict:
+        return "table"
     return {"str": "text", "int": "integer", "float": "number", "bool": "true or false"}.get(
         getattr(annotation, "__name__", ""), "text"
     )
@@ -75,7 +77,7 @@ def _type(field: FieldInfo) -> str:
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
-    if field.default in (None, []):
+    if field.default in (None, [], {}):
         return ""
     return f"`{str(field.default).lower() if isinstance(field.default, bool) else field.default}`"
 

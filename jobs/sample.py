@@ -13,8 +13,9 @@ from pixart_data.config import resolved_toml
 from pixart_data.encoders import ImageEncoder, TextEncoder
 from pixart_data.errors import ConfigError
 from pixart_data.models import placement
+from pixart_data.retries import storage
 from pixart_data.sections import ImageFeatures, TextFeatures
-from pixart_data.storage import make_dir, storage, write_atomic
+from pixart_data.storage import make_dir, write_atomic
 from pixart_model import checkpoint
 from pixart_model.config import Sample
 from pixart_model.grid import contact_sheet

@@ -8,6 +8,9 @@ from collections.abc import Mapping
 
 from jobs.shape import Parcel, Shape
 
+_GRACE_S = 15  # leaves time to clean up within the 30 s (KillWait) after which Slurm kills everything
+_NOTICE_S = 120
+
 _HEAD = """\
 #!/bin/bash
 # A preempted job, or one at its time limit, queues again and goes on where it was. So does: sbatch THIS_FILE
@@ -27,14 +30,19 @@ code=0
 again=
 caught=
 stopping=
+watch=
 steps=()
 stop() {{  # the command finishes or drops its units and exits
   caught=1
   stopping=1
-  if [[ -n $child ]]; then kill -TERM "$child" 2>/dev/null || true; fi
+  if [[ -z $child ]]; then return; fi
+  kill -TERM "$child" 2>/dev/null || true
+  # Ray may go at the same moment and leave the command waiting; a kill loses no more than the units in flight.
+  {{ sleep "$1"; kill -KILL "$child" 2>/dev/null || true; }} &
+  watch=$!
 }}
-trap stop TERM INT
-trap 'again=1; stop' USR1  # Slurm's notice that the time is nearly over
+trap 'stop {grace_s}' TERM INT
+trap 'again=1; stop {notice_s}' USR1  # Slurm's notice that the time is nearly over
 run() {{  # in the background, so that a signal is handled at once
   if [[ -n $stopping ]]; then exit 143; fi
   caught=
@@ -47,6 +55,7 @@ run() {{  # in the background, so that a signal is handled at once
     caught=  # it was the signal that ended the wait
   done
   child=
+  if [[ -n $watch ]]; then kill "$watch" 2>/dev/null || true; fi
 }}
 finish() {{
   local status=$?
@@ -54,8 +63,8 @@ finish() {{
   trap '' TERM INT USR1  # let what follows be
   if [[ $code -eq 0 ]]; then code=$status; fi  # a line of this script failed, not the command
   for step in ${{steps[@]+"${{steps[@]}}"}}; do kill -TERM "$step" 2>/dev/null || true; done
-  wait
-  rm -rf "$folder"{clean}
+  rm -rf "$folder"
+  wait{clean}
   if [[ -n $again && $code -ne 0 ]]; then scontrol requeue "$SLURM_JOB_ID"; fi
   exit "$code"
 }}
@@ -68,11 +77,13 @@ steps+=($!)
 """
 
 _RAY = """
+export RAY_TMPDIR=/tmp/pixart-$SLURM_JOB_ID  # short: sockets live in it
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$folder/token RAY_USAGE_STATS_ENABLED=0
+export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0  # it is stopped after the command: nothing is left to drain
 od -An -N32 -tx1 /dev/urandom | tr -d ' \\n' > "$RAY_AUTH_TOKEN_PATH"
 port=$((20000 + SLURM_JOB_ID % 2000 * 4))  # jobs that share a node have ports of their own
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export RAY_ADDRESS=$head:$port RAY_TMPDIR=/tmp/pixart-$SLURM_JOB_ID  # short: sockets live in it
+head=$SLURMD_NODENAME  # this script runs on the first node
+export RAY_ADDRESS=$head:$port
 # $SLURM_CPUS_ON_NODE is each node's own, and so is for the shell of the step to read.
 # shellcheck disable=SC2016
 start='exec ray start "$@" --block --disable-usage-stats --num-cpus="$SLURM_CPUS_ON_NODE" {gpus}'
@@ -92,7 +103,8 @@ steps+=($!)
 """
 
 _CLEAN = """
-  srun --quiet --overlap --ntasks-per-node=1 rm -rf "$RAY_TMPDIR" || true"""
+  rm -rf "$RAY_TMPDIR"
+  srun --quiet --overlap --ntasks-per-node=1 rm -rf "$RAY_TMPDIR" 2>/dev/null || true  # a cancelled job gets no more"""
 
 
 def script(parcel: Parcel, shape: Shape, time_limit: str, bin_folder: str, extra: Mapping[str, str]) -> str:
@@ -116,6 +128,8 @@ def script(parcel: Parcel, shape: Shape, time_limit: str, bin_folder: str, extra
         directives="\n".join(f"#SBATCH --{line}" for line in _directives(shape, time_limit, extra)),
         bin=shlex.quote(bin_folder),
         name=shape.name,
+        grace_s=_GRACE_S,
+        notice_s=_NOTICE_S // 2,
         job_toml=parcel.job_toml,
         clean=_CLEAN if parcel.uses_ray else "",
     )
@@ -131,7 +145,7 @@ def _directives(shape: Shape, time_limit: str, extra: Mapping[str, str]) -> list
         "exclusive": "",
         "mem": "0",
         "time": time_limit,
-        "signal": "B:USR1@120",
+        "signal": f"B:USR1@{_NOTICE_S}",
         "requeue": "",
         "open-mode": "append",
         "output": f"{shape.name}-%j.log",

@@ -141,7 +141,8 @@ class ImageStage:
         writer = FeatureWriter(self.root, unit.id, "moments", "F16")
         canvases: dict[str, _Canvas] = {}
         num_rejected = 0
-        pictures = read_pictures(unit, self.source, self.config.batch_size, buckets=self.buckets, then=self._place)
+        batch_size, buckets = self.config.batch_size, self.buckets
+        pictures = read_pictures(unit, self.source, batch_size, buckets=buckets, then=self._place, keys=keys)
         for count, picture in enumerate(pictures, 1):
             if picture.placed is None:
                 writer.reject(picture.sample.key, picture.error or Reason.NO_IMAGE, picture.detail)

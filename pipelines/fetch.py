@@ -14,12 +14,13 @@ from urllib.parse import urlsplit
 
 from pipelines.config import Fetch
 from pipelines.driver import Account, Plan, Run, execute, make_plan
-from pipelines.pool import Report
+from pipelines.worker import Report
 from pixart_data.archives import IMAGES, ROWS, Row, is_rows, publish_rows, publish_shard, read_status, seal_images
 from pixart_data.commits import Record
 from pixart_data.errors import TransientError
 from pixart_data.records import SCHEMA_VERSION, Reason
-from pixart_data.storage import location, storage
+from pixart_data.retries import storage
+from pixart_data.storage import location
 from pixart_data.urls import UrlUnit, count_urls, find_urls, read_urls
 
 if TYPE_CHECKING:
@@ -66,16 +67,15 @@ class FetchStage:
         rejected = _rejected(done)
         return Record(unit.id, "", {}, len(done), len(done) - sum(rejected.values()), rejected, files, facts)
 
-    def retry(self, unit: UrlUnit, keys: set[str], record: Record, report: Report) -> Record:
-        """Ask again for the rejected rows with these keys; what is won goes into one more tar.
+    def retry(self, unit: UrlUnit, reasons: Sequence[str], record: Record, report: Report) -> Record:
+        """Ask again for the rows that were rejected for one of `reasons`; what is won goes into one more tar.
 
         Returns:
             The record that replaces the unit's: the tars that were there, the new one, and a new table of rows.
         """
         before = read_status(self.root, record)
-        again = [
-            row for row in before if row["key"] in keys and row["error"] not in (None, Reason.BAD_ROW) and row["url"]
-        ]
+        wanted = set(reasons) - {Reason.BAD_ROW}  # there is nothing to ask for
+        again = [row for row in before if row["error"] in wanted and row["url"] is not None]
         fresh = [_row(row["key"], row["url"], row["caption"]) for row in again]
         with _spool() as spool:
             fetched = self._fetch(unit.id, fresh, spool, report)
@@ -194,6 +194,7 @@ def prepare(job: Fetch) -> Run:
         swept=[root / IMAGES, root / ROWS],
         count=count_urls,
         per_cpu=True,
+        needs_gpu=False,
     )
 
 

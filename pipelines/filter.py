@@ -41,11 +41,12 @@ from pixart_data.filters import (
 )
 from pixart_data.records import KEPT as KEPT_SCHEMA
 from pixart_data.records import MEASURES, REJECTED, SCHEMA_VERSION, Reason
+from pixart_data.retries import storage
 from pixart_data.scores import Scores, read_scores
 from pixart_data.sections import Filters
 from pixart_data.selection import Part, Selection, read_selection, seal_selection
 from pixart_data.sources import Unit, count_rows, find_units
-from pixart_data.storage import delete, list_files, location, staging_path, storage
+from pixart_data.storage import delete, list_files, location, staging_path
 
 STAGE = "filter"
 PARTS = "measures"

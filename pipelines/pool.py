@@ -35,6 +35,7 @@ _POLL_S = 1.0
 _GROW_EVERY_S = 30.0
 _GRACE_S = 20.0  # from SIGTERM on, for units in flight; Slurm, Kubernetes and Ray give 30 s before they kill
 _LONGEST_PAUSE_S = 60.0
+_MAX_PAUSES = 10  # with what `retries` waits, a quarter of an hour of storage that is away
 
 
 class Watch(Protocol):
@@ -86,6 +87,7 @@ class Pool:
     _todo: deque[Work] = field(default_factory=deque)
     _attempts: Counter[str] = field(default_factory=Counter)
     _alone: set[str] = field(default_factory=set)
+    _pauses: Counter[str] = field(default_factory=Counter)
     _not_before_s: dict[str, float] = field(default_factory=dict)
     _pinged: dict[Any, _Hand] = field(default_factory=dict)
     _loading: dict[Any, tuple[_Hand, float]] = field(default_factory=dict)
@@ -243,7 +245,9 @@ class Pool:
             log.debug("%s: %s", unit.id, error)  # with the traceback
             if isinstance(cause, ConfigError | JobError) and not isinstance(cause, TransientError):
                 raise type(cause)(str(cause)) from error
-            self._retry(unit, _last_line(error), blamed=True, pause=isinstance(cause, TransientError))
+            if isinstance(cause, TransientError):
+                self._pause(unit)
+            self._retry(unit, _last_line(error), blamed=True)
         except RayError as error:  # the worker is dead, or what it sent cannot be read here
             preempted = bool(getattr(error, "preempted", False))
             self.watch.note("preempted" if preempted else "worker_died")
@@ -266,12 +270,19 @@ class Pool:
                 self._alone.add(unit.id)
             self._retry(unit, reason, blamed=len(units) == 1)
 
-    def _retry(self, unit: Work, reason: str, blamed: bool, pause: bool = False) -> None:
+    def _pause(self, unit: Work) -> None:
+        """Leave a unit alone for a while; storage that was away is not its fault, within limits."""
+        self._pauses[unit.id] += 1
+        self._not_before_s[unit.id] = time.monotonic() + min(2.0 ** self._pauses[unit.id], _LONGEST_PAUSE_S)
+        if self._pauses[unit.id] <= _MAX_PAUSES:
+            self._attempts[unit.id] -= 1
+
+    def _retry(self, unit: Work, reason: str, blamed: bool) -> None:
         attempt = self._attempts[unit.id]
         final = blamed and attempt >= self.max_attempts
         self.watch.unit_failed(unit.id, attempt, reason, final)
         self._num_failures += 1
-        if not self._num_done and self._num_failures >= max(_MAX_FAILURES_AT_FIRST, 2 * self.share.num_workers):
+        if attempt and not self._num_done and self._num_failures >= max(_MAX_FAILURES_AT_FIRST, 2 * self.share.num_workers):
             raise JobError(
                 f"the first {self._num_failures} attempts all failed, the last one at {unit.id}: {reason}; "
                 "mend the cause, then run the same command again"
@@ -280,9 +291,7 @@ class Pool:
             log.error("%s: set aside after %d attempts: %s", unit.id, attempt, reason)
             self.failed[unit.id] = reason
             return
-        log.warning("%s: attempt %d failed: %s", unit.id, attempt, reason)
-        if pause:
-            self._not_before_s[unit.id] = time.monotonic() + min(2.0**attempt, _LONGEST_PAUSE_S)
+        log.warning("%s: attempt %d failed: %s", unit.id, max(attempt, 1), reason)
         self._todo.append(unit)
 
     # News

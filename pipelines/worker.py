@@ -13,6 +13,8 @@ import ray
 from pipelines.engine import busy_s
 from pixart_data import events
 from pixart_data.commits import Record
+from pixart_data.errors import DataError, TransientError
+from pixart_data.retries import is_transient
 
 Report = Callable[[int, int], None]
 """Called by a stage with the rows it has behind it in this unit, and how many of them were rejected."""
@@ -114,10 +116,16 @@ class Worker:
 
 
 def _do(stage: Any, unit: Work, report: Report) -> Record:
-    if isinstance(unit, Retry):
-        record: Record = stage.retry(unit.unit, unit.reasons, unit.record, report)
-    else:
-        record = stage(unit, report)
+    """Do a unit or its rejected rows; an input that could not be read for reasons that may pass is no fault of it."""
+    try:
+        if isinstance(unit, Retry):
+            record: Record = stage.retry(unit.unit, unit.reasons, unit.record, report)
+        else:
+            record = stage(unit, report)
+    except DataError as error:
+        if isinstance(error.__cause__, OSError) and is_transient(error.__cause__):
+            raise TransientError(str(error)) from error
+        raise
     return record
 
 

@@ -61,6 +61,7 @@ def parse_url(text: Any) -> URL:
         if _PLAIN.fullmatch(text):
             url = URL(text, encoded=True)
         host, port = url.host, url.port
+        (url.raw_host or "").encode("idna")
     except ValueError as error:  # UnicodeError is one: a host that IDNA cannot spell
         raise Refused(Reason.BAD_URL, f"{text[:80]!a}: {error}") from error
     if not host or not port:

@@ -92,14 +92,10 @@ class Client:
         try:
             async with asyncio.timeout(timeout_s), self._session.get(url, allow_redirects=False) as response:
                 status = response.status
-                try:
-                    _check_status(status, response.headers)
-                    look(response.headers)
-                    body = b"" if status in REDIRECTS else await _body(response, max_bytes, cut)
-                finally:
-                    if not response.content.at_eof():
-                        response.close()  # what is left is not wanted
-                return Answer(status, response.headers, body)
+                _check_status(status, response.headers)
+                look(response.headers)
+                body = b"" if status in REDIRECTS else await _body(response, max_bytes, cut)
+                return Answer(status, response.headers, body)  # a connection with more to read is closed
         except Failure as failure:
             failure.status = status
             raise

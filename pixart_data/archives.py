@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 from pixart_data.commits import COMMITS, MANIFEST, PublishedFile, Record, file_sha256, publish_table, read_table
 from pixart_data.errors import DataError
 from pixart_data.records import FETCHED
-from pixart_data.storage import location, read_bytes, replace_file, staging_path, storage, write_atomic
+from pixart_data.retries import storage
+from pixart_data.storage import location, read_bytes, replace_file, staging_path, write_atomic
 
 IMAGES = "images"
 ROWS = "rows"

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 
+from pixart_data import events
 from pixart_data.sections import Server
 
 if TYPE_CHECKING:
@@ -132,10 +133,12 @@ class Chats:
                 async with self._slot(hosts or self.usable) as host:
                     return await self._post(host, body)
             except Away:
+                events.note("server_away")
                 away_since_s = time.monotonic() if away_since_s is None else away_since_s
                 if time.monotonic() - away_since_s >= patience_s:
                     raise
             except Broken:
+                events.note("answer_broken")
                 num_broken += 1
                 if num_broken >= self.server.max_attempts:
                     raise
@@ -173,7 +176,7 @@ class Chats:
                 data = await _read(response)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             host.fail(None)
-            raise Away(f"{host.url} cannot be reached: {error}") from error
+            raise Away(f"{host.url} cannot be reached: {_cause(error)}") from error
         except TimeoutError as error:
             raise Broken(f"{host.url} gave no answer within {self.server.timeout_s:g} s") from error
         except (aiohttp.ClientError, OSError) as error:
@@ -198,6 +201,12 @@ def _least_busy(hosts: Sequence[Host]) -> Host:
 def backoff_s(num_failures: int) -> float:
     """Return the pause after a failure: twice as long each time, shortened at random so that clients spread."""
     return min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2.0 ** min(num_failures, 10)) * random.uniform(0.5, 1.0)
+
+
+def _cause(error: Exception) -> str:
+    """Return the words of the operating system where there are some; the library's own name TLS in any case."""
+    cause = getattr(error, "os_error", None)
+    return str(getattr(cause, "strerror", None) or error)
 
 
 def _retry_after_s(value: str | None) -> float | None:

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pixart_data.errors import DataError, JobError
+from pixart_data.retries import storage
 from pixart_data.storage import (
     TEMPORARY,
     abort_uploads,
@@ -29,7 +30,6 @@ from pixart_data.storage import (
     read_many,
     replace_file,
     staging_path,
-    storage,
     write_atomic,
     write_new,
 )

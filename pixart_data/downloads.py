@@ -1,8 +1,8 @@
 """Many URLs to images: politely, bounded, and with a verdict on every one of them.
 
-A host is asked by a few requests at a time, paused when it says so, and left alone when it keeps failing; its robots.txt
-is read first. Slow hosts do not hold up others: a request waits for its host before it takes one of the worker's slots,
-and an image is held in memory only as long as it has a slot.
+A host is asked by a few requests at a time, paused when it says so, and left alone when it keeps failing; its
+robots.txt is read first. Slow hosts do not hold up others: a request waits for its host before it takes one of the
+worker's slots, and an image is held in memory only as long as it has a slot.
 """
 
 import asyncio
@@ -83,7 +83,7 @@ class Downloader:
 
 @dataclass
 class _Host:
-    """How one host is to be treated: its slots, the pause it asked for, its failures in a row and the last one's reason."""
+    """How to treat one host: its slots, the pause it asked for, its failures in a row and the reason of the last."""
 
     slots: asyncio.Semaphore
     not_before_s: float = 0.0

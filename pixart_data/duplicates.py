@@ -20,7 +20,7 @@ HASH_BITS = 64
 _CHUNK = 1 << 20  # positions compared at once: bounds the memory beside the sorted arrays
 _MIXER = np.uint64(0x9E3779B97F4A7C15)  # 2 ** 64 / golden ratio (Knuth): all bits of a number reach the upper ones
 # Measured, of a hash in each level of a sort, of a hash, of a comparison; they only decide how hashes are cut.
-_LEVEL_NS, _HASH_NS, _PAIR_NS = 3.0, 25.0, 60.0
+_LEVEL_NS, _HASH_NS, _PAIR_NS = 3.0, 25.0, 40.0
 
 
 def exact_duplicates(digests: NDArray[np.uint64]) -> Indices:
@@ -143,7 +143,7 @@ def _masks(num_hashes: int, max_distance_bits: int) -> Iterator[np.uint64]:
     def estimate_ns(num_blocks: int) -> float:
         num_equal = num_blocks - max_distance_bits
         bits = HASH_BITS * num_equal / num_blocks
-        num_pairs = num_hashes**2 / 2 ** (0.9 * bits + 1)  # bits of real pictures are not independent
+        num_pairs = num_hashes**2 / 2 ** (0.95 * bits + 1)  # bits of real pictures are not independent
         sort_ns = num_hashes * (log2(num_hashes + 1) * _LEVEL_NS + _HASH_NS)
         return comb(num_blocks, num_equal) * (sort_ns + num_pairs * _PAIR_NS)
 

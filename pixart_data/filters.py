@@ -108,7 +108,7 @@ def check_languages(codes: list[str]) -> None:
     for code in codes:
         if code not in known:
             found = ", ".join(sorted(known))
-            raise ConfigError(f"filters.languages: expected ISO 639 codes, found {code!r}; known: {found}")
+            raise ConfigError(f"filters.languages: expected codes such as 'en', found {code!r}; use some of: {found}")
 
 
 def judge(table: pa.Table, filters: Filters) -> NDArray[np.int8]:

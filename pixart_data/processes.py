@@ -23,9 +23,9 @@ def is_alive(name: str) -> bool:
 def _machine() -> str:
     """Return what tells apart the process numbers of machines and containers."""
     parts = [socket.gethostname()]
-    for read in (lambda: Path("/proc/sys/kernel/random/boot_id").read_text(), lambda: os.readlink("/proc/self/ns/pid")):
-        with contextlib.suppress(OSError):
-            parts.append(read())
+    with contextlib.suppress(OSError):  # what is Linux's own
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text())
+        parts.append(os.readlink("/proc/self/ns/pid"))
     return "".join(c if c.isalnum() else "-" for c in "-".join(part.strip() for part in parts))
 
 

@@ -63,8 +63,8 @@ class Tally(_Part):
 
     @property
     def busy_share(self) -> float | None:
-        """Share of their time, 0 to 1, that workers spent inside the model; None before the first unit is done."""
-        return min(self.busy_s / self.span_s, 1.0) if self.span_s > 0 else None
+        """Share of their time, 0 to 1, that workers spent inside the model; None without a model, or before a unit is done."""
+        return min(self.busy_s / self.span_s, 1.0) if self.busy_s > 0 and self.span_s > 0 else None
 
 
 class SlowUnit(_Part):
@@ -320,6 +320,8 @@ EVENTS = {
     "worker_hung": "workers that hung and were replaced",
     "preempted": "workers lost to a machine that was taken back",
     "batch_halved": "times a batch was halved for lack of memory",
+    "server_away": "times a captioning server was away or busy",
+    "answer_broken": "broken answers of captioning servers",
     "storage_retry": "times storage failed and was tried again",
 }
 """Kinds of events in words; other kinds are shown as they are."""

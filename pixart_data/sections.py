@@ -19,7 +19,7 @@ QUOTING_PROMPT = (
 
 
 class Source(Section):
-    """Where the images are. They are read in place and never copied."""
+    """Where the images are. They are read in place."""
 
     paths: list[LocalPath] = Field(min_length=1)
     """Tars, folders of images, `.jsonl` or `.parquet` lists of paths, local or as `s3://...`; `*` and `**` expand."""

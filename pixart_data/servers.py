@@ -206,7 +206,8 @@ class ServedCaptioner:
 
     async def _look_at_all(self) -> None:
         """Show every server the canaries; those that are away are looked at when they are back."""
-        found = await asyncio.gather(*(self._look(host, _START_PATIENCE_S) for host in self._chats.hosts))
+        patience_s = min(self.server.patience_s, _START_PATIENCE_S)
+        found = await asyncio.gather(*(self._look(host, patience_s) for host in self._chats.hosts))
         missing = [(host, error) for host, error in zip(self._chats.hosts, found, strict=True) if error is not None]
         if len(missing) == len(found):
             raise JobError(

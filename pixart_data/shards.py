@@ -33,7 +33,8 @@ import pyarrow.parquet as pq
 from pixart_data.commits import MANIFEST, Record, file_sha256, read_table
 from pixart_data.errors import DataError, JobError
 from pixart_data.records import REJECTED
-from pixart_data.storage import exists, read_bytes, replace_file, require_local, staging_path, storage, write_atomic
+from pixart_data.retries import storage
+from pixart_data.storage import exists, read_bytes, replace_file, require_local, staging_path, write_atomic
 
 FORMAT = "pixart-features"
 FORMAT_VERSION = 1

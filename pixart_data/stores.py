@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 from pixart_data.errors import DataError, JobError
-from pixart_data.storage import location, retrying, scratch_file
+from pixart_data.retries import retrying
+from pixart_data.storage import location, scratch_file
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from pixart_data.commits import COMMITS, MANIFEST, file_sha256, read_records, read_table
 from pixart_data.errors import ConfigError, DataError
 from pixart_data.shards import INDEX, REJECTED_FILE, Manifest, feature_sets, member_prefix, read_manifest, tensor_shape

@@ -30,7 +30,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pixart_data.errors import ConfigError, DataError, JobError
-from pixart_data.storage import make_dir, storage, sync_dir
+from pixart_data.retries import storage
+from pixart_data.storage import make_dir, sync_dir
 from pixart_model.config import Model
 from pixart_model.conversion import require_keys
 from pixart_model.model import PixArt

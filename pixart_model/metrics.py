@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from pixart_data.errors import DataError, JobError
-from pixart_data.storage import storage, write_atomic
+from pixart_data.retries import storage
+from pixart_data.storage import write_atomic
 
 METRICS = "metrics.jsonl"
 _log = logging.getLogger(__name__)

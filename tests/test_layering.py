@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "pipelines": {"pixart_data"},
     "jobs": {"pixart_data", "pixart_model", "pipelines"},
 }
-LIGHT_CORE = {"errors", "config", "sections", "records", "buckets", "shards", "commits"}
+LIGHT_CORE = {"errors", "config", "sections", "records", "buckets", "shards", "commits", "leases", "retries", "storage"}
 MAY_IMPORT_RAY = {"pipelines", "jobs"}
 MODULES = sorted(path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))
 MAX_LINES = 400

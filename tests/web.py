@@ -5,6 +5,7 @@ import contextlib
 import gzip
 import io
 import random
+import socket
 import struct
 import threading
 import zlib
@@ -44,13 +45,30 @@ def gzip_bomb(megabytes=100):
     return gzip.compress(bytes(megabytes << 20), 9)
 
 
+def name_server(monkeypatch):
+    """Answer for names of .invalid at once, as a name server does; those of `busy.invalid` it cannot tell now."""
+    real = socket.getaddrinfo
+    asked = Counter()
+
+    def resolve(host, *args, **options):
+        name = host.decode() if isinstance(host, bytes) else str(host)
+        if not name.endswith(".invalid"):
+            return real(host, *args, **options)
+        asked[name] += 1
+        number = socket.EAI_AGAIN if name == "busy.invalid" else socket.EAI_NONAME
+        raise socket.gaierror(number, "no such name" if number == socket.EAI_NONAME else "try again")
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    return asked
+
+
 class Web:
     """The hosts. `pages` maps a path to bytes sent as they are, or to `async (request, writer)`.
 
     Attributes:
         robots: What a host (`127.0.0.5`) sends for robots.txt; 404 where it is not set.
         asked: How often each path was asked for; robots.txt as `host/robots.txt`.
-        most_at_once: The most connections that were being answered at one time, by host.
+        connections: How many were made, by host.
     """
 
     def __init__(self, ssl_context=None):
@@ -58,8 +76,7 @@ class Web:
         self.robots = {}
         self.asked = Counter()
         self.agents = set()
-        self.most_at_once = Counter()
-        self._now = Counter()
+        self.connections = Counter()
         self._ssl = ssl_context
         self._ready = threading.Event()
         self._loop = asyncio.new_event_loop()
@@ -101,15 +118,13 @@ class Web:
     async def _answer(self, reader, writer):
         self._tasks.add(asyncio.current_task())
         host = writer.get_extra_info("sockname")[0]
-        self._now[host] += 1
-        self.most_at_once[host] = max(self.most_at_once[host], self._now[host])
+        self.connections[host] += 1
         try:
             with contextlib.suppress(OSError, asyncio.IncompleteReadError):
                 request = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
                 await self._send(request, host, writer)
                 await writer.drain()
         finally:
-            self._now[host] -= 1
             self._tasks.discard(asyncio.current_task())
             with contextlib.suppress(OSError):
                 writer.close()
@@ -180,8 +195,10 @@ def reset(page):
         writer.write(page)
         await writer.drain()
         await asyncio.sleep(0.05)
-        socket = writer.get_extra_info("socket")
-        socket.setsockopt(1, 13, struct.pack("ii", 1, 0))  # SO_LINGER: close sends RST
+        connection = writer.get_extra_info("socket")
+        connection.setsockopt(
+            socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+        )  # SO_LINGER: close sends RST
         writer.transport.abort()
 
     return send

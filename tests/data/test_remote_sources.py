@@ -24,7 +24,7 @@ from tests.faults import FaultyProxy
 @pytest.fixture(autouse=True)
 def fresh_clients(monkeypatch, tmp_path):
     """A client remembers its endpoint: none is taken over from the test before. Copies of tars go below scratch."""
-    monkeypatch.setattr("pixart_data.storage._FIRST_WAIT_S", 0.002)
+    monkeypatch.setattr("pixart_data.retries._FIRST_WAIT_S", 0.002)
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(scratch))

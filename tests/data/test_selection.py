@@ -122,7 +122,11 @@ def test_no_filter_there(folder, root):
     [
         ("{", DataError, "not valid JSON"),
         ("[]", ConfigError, "expected pixart-filter version 1, found None version None"),
-        ('{"format": "pixart-captions", "version": 1}', ConfigError, "found pixart-captions version 1; name the output"),
+        (
+            '{"format": "pixart-captions", "version": 1}',
+            ConfigError,
+            "found pixart-captions version 1; name the output",
+        ),
         ('{"format": "pixart-filter", "version": 1}', DataError, "damaged"),
         ('{"format": "pixart-filter", "version": 1, "parts": [{"file": {}}]}', DataError, "damaged"),
     ],
@@ -142,7 +146,9 @@ def test_a_manifest_is_read_as_it_was_written(folder, root):
     assert json.loads((root / MANIFEST).read_text())["version"] == 1
 
 
-@pytest.mark.parametrize("change", [{"rows_out": 3}, {"rejected": {"blurred": 3}}, {"rows_in": 7, "rejected": {"x": 5}}])
+@pytest.mark.parametrize(
+    "change", [{"rows_out": 3}, {"rejected": {"blurred": 3}}, {"rows_in": 7, "rejected": {"x": 5}}]
+)
 def test_an_account_that_does_not_balance_is_never_written(folder, root, change):
     seal(root, find_units(source_of(folder)), ["pictures/0"], [], ["pictures/4"])
     selection = read_selection(root)

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from PIL import Image
 
-from pixart_data import chats, servers
+from pixart_data import chats, events, servers
 from pixart_data.errors import ConfigError, JobError, TransientError
 from pixart_data.questions import Caption, NoCaption
 from pixart_data.sections import Captioner as Section
@@ -151,8 +151,10 @@ def test_a_busy_server_is_left_alone_for_as_long_as_it_asks(server, connect, how
 def test_a_busy_server_is_asked_again_without_being_told_when(server, connect):
     engine = connect(server, patience_s=5.0)
     server.plan.extend([status(503), status(429), status(529)])
+    before = events.counts().get("server_away", 0)
     assert isinstance(caption(engine), Caption)
     assert len(server.of_rows) == 4  # more than max_attempts: the row is not to blame
+    assert events.counts()["server_away"] - before == 3
 
 
 def test_a_server_that_stays_busy_fails_the_shard(server, connect):
@@ -386,7 +388,7 @@ def test_what_a_server_refuses_at_the_start_is_a_setting_to_mend(server, connect
 
 def test_a_server_that_does_not_answer_at_the_start_is_one_line(connect):
     url = f"http://127.0.0.1:{free_port()}/v1"
-    with pytest.raises(JobError, match=f"^captioner.server: .*{url} cannot be reached: .*`vllm serve org/model`"):
+    with pytest.raises(JobError, match=f"^captioner.server: .*{url} cannot be reached: Connect call failed .*`vllm serve org/model`"):
         connect(url)
     with ChatServer() as broken:
         broken.others = hang

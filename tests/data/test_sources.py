@@ -316,7 +316,7 @@ def test_storage_that_recovers_is_waited_for(tmp_path, monkeypatch, kind):
     pq.write_table(pa.Table.from_pylist(rows), top / "x.parquet")
     path = top if kind == "folder" else top / f"x.{kind}"
     expected, units = read(path), units_of(path)
-    monkeypatch.setattr("pixart_data.storage._FIRST_WAIT_S", 0.0001)
+    monkeypatch.setattr("pixart_data.retries._FIRST_WAIT_S", 0.0001)
     failed = []
 
     def fail_now_and_then(real: Callable[..., object]) -> Callable[..., object]:
@@ -345,7 +345,7 @@ def test_storage_that_keeps_failing_is_an_error_not_a_row(tmp_path, monkeypatch,
     write(top / "x.jsonl", json.dumps({"path": "a.jpg"}))
     path = top if kind == "folder" else top / "x.jsonl"
     (unit,) = units_of(path)
-    monkeypatch.setattr("pixart_data.storage._FIRST_WAIT_S", 0.0001)
+    monkeypatch.setattr("pixart_data.retries._FIRST_WAIT_S", 0.0001)
     attempts = []
     real = open
 

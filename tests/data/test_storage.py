@@ -11,10 +11,10 @@ import pytest
 from pixart_data import events
 from pixart_data.commits import Record, publish, publish_table, read_records, read_table, sweep, write_record
 from pixart_data.errors import ConfigError, DataError, JobError, TransientError
+from pixart_data.retries import is_transient, retrying
 from pixart_data.storage import (
     delete,
     exists,
-    is_transient,
     list_files,
     local_copy,
     location,
@@ -22,7 +22,6 @@ from pixart_data.storage import (
     read_many,
     replace_file,
     require_local,
-    retrying,
     staging_path,
     write_atomic,
     write_new,
@@ -149,7 +148,7 @@ def test_failures_that_pass_are_waited_out(faulty):
 def test_a_store_that_stays_away_is_a_transient_error(bucket, s3_server, monkeypatch):
     import s3fs
 
-    monkeypatch.setattr("pixart_data.storage._ATTEMPTS", 2)
+    monkeypatch.setattr("pixart_data.retries._ATTEMPTS", 2)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     s3fs.S3FileSystem.clear_instance_cache()
     with pytest.raises(TransientError, match="cannot write: .*; check the storage, then run again"):
@@ -158,13 +157,13 @@ def test_a_store_that_stays_away_is_a_transient_error(bucket, s3_server, monkeyp
 
 
 def test_a_bucket_that_is_not_there_is_said_to_be(s3_server):
-    with pytest.raises(JobError, match="s3://never-made-bucket/out/a: cannot write: there is no such place; make the bucket"):
+    with pytest.raises(JobError, match="s3://never-made-bucket/out/a: cannot write: there is no such place"):
         write_atomic(location("s3://never-made-bucket/out") / "a", b"a")
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EBUSY])
 def test_a_mount_that_fails_for_a_while_is_waited_out(tmp_path, monkeypatch, number):
-    monkeypatch.setattr("pixart_data.storage._FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr("pixart_data.retries._FIRST_WAIT_S", 0.001)
     replace, failures = os.replace, [number, number]
 
     def sometimes(*names):
@@ -203,10 +202,10 @@ def test_what_passes_is_told_from_what_does_not():
 def test_staged_files_of_a_killed_process_are_deleted_by_the_next(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
-    code = "import os\nfrom pixart_data.storage import scratch_file\nscratch_file('a').write_text('half')\nos._exit(9)"
+    code = "import os\nfrom pixart_data import storage\nstorage.scratch_file('a').write_text('half')\nos._exit(9)"
     subprocess.run([sys.executable, "-c", code], check=False)
     assert len(list(tmp_path.rglob(".tmp-*"))) == 1
-    code = "from pixart_data.storage import scratch_file\nprint(scratch_file('b'))"
+    code = "from pixart_data.storage import scratch_file\nprint scratch_file 'b'  "
     mine = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
     assert [str(path) for path in tmp_path.rglob(".tmp-*")] == [mine]
 

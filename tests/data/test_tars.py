@@ -462,7 +462,7 @@ def test_a_sliced_tar_that_grew_is_refused(tmp_path):
 @pytest.fixture
 def flaky(monkeypatch):
     """Let calls of the operating system fail; `flaky(owner, name, number, times)` fails every third of them."""
-    monkeypatch.setattr("pixart_data.storage._FIRST_WAIT_S", 0.0001)
+    monkeypatch.setattr("pixart_data.retries._FIRST_WAIT_S", 0.0001)
 
     def fail(owner: object, name: str, number: int, times: float, every: int = 3) -> list:
         real, calls, failed = getattr(owner, name), [0], []

@@ -1,5 +1,6 @@
 """Captioning on Ray: by servers as by the model in the worker, and several captions of each image."""
 
+import json
 import logging
 import random
 import shutil
@@ -9,12 +10,13 @@ import time
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines import caption
+from pipelines import caption, extract
 from pipelines.caption import CaptionStage
-from pipelines.config import Caption
+from pipelines.config import Caption, Extract
 from pixart_data import chats
 from pixart_data.config import load
-from pixart_data.errors import JobError
+from pixart_data.errors import ConfigError, JobError
+from pixart_data.shards import FeatureSet
 from pixart_data.sources import find_units
 from tests.chats import ChatServer, answer, completion, status
 
@@ -54,11 +56,6 @@ def rows_of(job):
 
 def nothing(rows, rejected):
     """Report to nobody."""
-
-
-def unasked(plan):
-    """Count the images that a plan leaves to do."""
-    return [unit.id for unit, _ in plan.todo]
 
 
 def test_servers_write_the_table_that_the_model_in_the_worker_writes(folder, miniatures, served_llava, tmp_path):
@@ -214,3 +211,56 @@ def test_a_slow_server_holds_back_the_decoding(server, tmp_path, pictures):
     working.join(60)
     assert done[0].rows_out == len(prepared) == 60
     stage.captioner.close()
+
+
+# Features of several captions
+
+
+def captions_file(tmp_path, num_rows=110):
+    rows = [{"key": f"a/{i}", "caption": f"long {i}", "caption_short": f"short {i}"} for i in range(num_rows)]
+    for row in rows[::2]:
+        row["raw_caption"] = f"raw {row['key']}"
+    path = tmp_path / "captions.jsonl"
+    path.write_text("".join(json.dumps({"raw_caption": None, **row}) + "\n" for row in rows))
+    return path
+
+
+def extract_job(tmp_path, miniatures, more, **text):
+    given = {"output": str(tmp_path / "features"), "captions": {"path": str(captions_file(tmp_path)), "more": more}}
+    given |= {"text": {"model": miniatures["t5"], **text}, "cluster": {"num_workers": 1, "cpus_per_worker": 0.1}}
+    return load(Extract, None, [], given)
+
+
+def test_each_column_of_captions_becomes_a_text_set(miniatures, tmp_path):
+    job = extract_job(tmp_path, miniatures, {"text-short": "caption_short", "text-raw": "raw_caption"})
+    accounts = {run.root.name: account for run, account in extract.run(job)}
+    assert {name: account.rows_out for name, account in accounts.items()} == {
+        "text": 110,
+        "text-short": 110,
+        "text-raw": 55,  # half of the images have none, which is no reason to fail
+    }
+    for name, first in (("text", "long 0"), ("text-short", "short 0"), ("text-raw", "raw a/0")):
+        features = FeatureSet(tmp_path / "features" / name)
+        row = {row["key"]: row for row in features.index.to_pylist()}["a/0"]
+        assert row["caption"] == first
+        assert features.manifest.model["null"]["num_tokens"] == 1
+        features.close()
+    fewer = extract_job(tmp_path, miniatures, {"text-short": "raw_caption"})
+    lines = [plan.line(run) for run, plan in extract.plan(fewer)]
+    assert [line.partition(" -> ")[0] for line in lines] == [
+        "extract text: 2 shards, 2 done, 0 to do",
+        "extract text-short: 2 shards, 0 done, 2 to do (0 new; 2 redone: captions.column changed)",
+    ]
+
+
+def test_columns_and_names_of_text_sets_are_checked_before_any_work(miniatures, tmp_path):
+    missing = extract_job(tmp_path, miniatures, {"text-dense": "caption_dense"})
+    with pytest.raises(ConfigError, match="expected a column 'caption_dense', .*; set captions.more.text-dense"):
+        extract.plan(missing)
+    with pytest.raises(ConfigError, match="captions.more: expected names of their own, found 'text' twice; rename one"):
+        extract_job(tmp_path, miniatures, {"text": "caption_short"})
+    with pytest.raises(ConfigError, match="more: expected names of folders, e.g. text-short, found '../x'; rename it"):
+        extract_job(tmp_path, miniatures, {"../x": "caption_short"})
+    given = {"output": "o", "source": {"paths": ["x"]}, "captions": {"path": "c", "more": {"a": "b"}}, "image": {}}
+    with pytest.raises(ConfigError, match=r"captions.more: expected a section \[text\] beside it, found none; add one"):
+        load(Extract, None, [], given)

@@ -17,7 +17,7 @@ from pixart_data.errors import ConfigError, DataError, TransientError
 from pixart_data.records import FETCHED
 from pixart_data.sections import Source
 from pixart_data.sources import count_rows, find_units, read_samples
-from tests.web import Web, http, in_turn, picture
+from tests.web import Web, http, in_turn, name_server, picture
 
 QUICK = {"allow_private_addresses": True, "backoff_s": 0.01, "max_attempts": 1, "max_wait_s": 0.1}
 
@@ -153,9 +153,10 @@ def test_a_url_that_comes_twice_is_asked_for_once(web, output, make_job):
     assert [sample.caption for sample in samples_of(output)] == ["0", "1", "2"]
 
 
-def test_jsonl_with_bad_lines(web, output, make_job):
+def test_jsonl_with_bad_lines(web, output, make_job, monkeypatch):
+    name_server(monkeypatch)
     rows = [*rows_for(web, [1]), "not json", "[1]", "", {"url": web.url("2.jpg")}, {"url": 7}]
-    rows += [{"url": web.url("4.jpg"), "caption": 5}, {"url": "http://x\ud800/", "caption": "\ud800"}]
+    rows += [{"url": web.url("4.jpg"), "caption": 5}, {"url": "http://gone.invalid/", "caption": "\ud800"}]
     (record,) = fetch(make_job(rows, "list.jsonl"))
     assert (record.rows_in, record.rows_out) == (7, 2)
     assert record.rejected == {"bad_row": 3, "bad_url": 1, "host_not_found": 1}
@@ -188,13 +189,25 @@ def test_an_unfinished_output_is_no_source(web, output, make_job):
         find_units(Source(paths=[str(output)]))
 
 
-def test_a_machine_without_network_fails_the_unit_instead_of_its_rows(make_job, output):
+def test_a_machine_without_network_fails_the_unit_instead_of_its_rows(make_job, output, monkeypatch):
+    name_server(monkeypatch)
     rows = [{"url": f"http://host-{i}.invalid/a.jpg", "caption": ""} for i in range(60)]
     with pytest.raises(TransientError, match="expected answers from some of 60 hosts, found none"):
         fetch(make_job(rows))
     assert not list(output.rglob("*.parquet"))
     (record,) = fetch(make_job(rows[:5]))
     assert record.rejected == {"host_not_found": 5}
+
+
+def test_an_output_on_an_object_store(web, bucket, make_job):
+    job = make_job([*rows_for(web, range(3)), {"url": web.url("gone"), "caption": ""}])
+    job = job.model_copy(update={"output": f"{bucket}/laion/fetched"})
+    (unit,) = prepare(job).units
+    stage = FetchStage(job)
+    record = stage(unit, lambda *_: None)
+    seal_images(stage.root, [stage.retry(unit, ["not_found"], record, lambda *_: None)])
+    for path in (job.output, f"{job.output}/images/*.tar"):
+        assert [sample.caption for sample in samples_of(path)] == ["caption 0", "caption 1", "caption 2"]
 
 
 # Retry
@@ -216,9 +229,8 @@ def test_a_retry_asks_for_the_failed_rows_only_and_adds_a_tar(web, output, make_
     before = stage(unit, lambda *_: None)
     assert before.rejected == {"bad_row": 1, "not_found": 1, "server_error": 2}
     web.asked.clear()
-    keys = {row["key"] for row in status_rows(output, before) if row["error"] in ("server_error", "bad_row", None)}
     seen = []
-    after = stage.retry(unit, keys, before, lambda rows, rejected: seen.append((rows, rejected)))
+    after = stage.retry(unit, ["server_error", "bad_row"], before, lambda rows, rejected: seen.append((rows, rejected)))
     check_files(output, after)
     assert {path: count for path, count in web.asked.items() if "robots" not in path} == {
         "later.jpg": 1,
@@ -245,7 +257,7 @@ def test_a_retry_that_wins_nothing_changes_only_the_table(web, output, make_job)
     (unit,) = prepare(job).units
     stage = FetchStage(job)
     before = stage(unit, lambda *_: None)
-    after = stage.retry(unit, {"000000001"}, before, lambda *_: None)
+    after = stage.retry(unit, ["not_found"], before, lambda *_: None)
     assert after == before
 
 

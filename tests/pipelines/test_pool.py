@@ -1,5 +1,6 @@
 """The scheduler on a real Ray: fake stages that fail in every way, and the real ones against themselves."""
 
+import errno
 import os
 import signal
 import sys
@@ -16,7 +17,7 @@ from ray import cloudpickle
 from pipelines.cluster import Share
 from pipelines.pool import Pool
 from pixart_data.commits import Record
-from pixart_data.errors import ConfigError, JobError, TransientError
+from pixart_data.errors import ConfigError, DataError, JobError, TransientError
 
 pytestmark = pytest.mark.usefixtures("ray_here")
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import the tests
@@ -72,6 +73,12 @@ class FakeStage:
 
     def passes(self, unit, report):
         raise TransientError("/out: cannot write: stale file handle")
+
+    def unreadable(self, unit, report):
+        try:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        except OSError as error:
+            raise DataError("/in/a.tar: cannot be read: Stale file handle") from error
 
     def exit(self, unit, report):
         os._exit(7)
@@ -271,6 +278,21 @@ def test_storage_that_fails_for_a_while_is_tried_again_after_a_pause(tmp_path):
     assert [record.unit for record in records_of(pool, units)] == ["u1", "u0"]
     assert time.monotonic() - started_s > 2
     assert attempts(tmp_path, "u0") == 2
+
+
+def test_storage_that_is_away_costs_a_unit_no_attempt_until_that_lasts(tmp_path, tasks, monkeypatch):
+    monkeypatch.setattr("pipelines.pool._LONGEST_PAUSE_S", 0.1)
+    monkeypatch.setattr("pipelines.pool._MAX_PAUSES", 4)
+    pool = make_pool(FakeStage, ONE, 2)
+    assert [record.unit for record in records_of(pool, tasks("", "passes"))] == ["u0"]
+    assert "stale file handle" in pool.failed["u1"]
+    assert attempts(tmp_path, "u1") == 4 + 2
+
+
+def test_a_source_that_fails_for_a_while_is_no_fault_of_the_unit(tmp_path):
+    pool = make_pool(FakeStage, ONE, 1)
+    units = [Task("u0", str(tmp_path), "unreadable", 1)]
+    assert [record.unit for record in records_of(pool, units)] == ["u0"]
 
 
 def test_a_neighbour_of_a_unit_that_kills_its_worker_is_not_set_aside(tmp_path):
