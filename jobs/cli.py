@@ -164,9 +164,10 @@ def resolve(name: str, extra: str) -> Any:
     try:
         return getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] in PACKAGES:
+        package = (error.name or "").split(".")[0]
+        if package in PACKAGES:
             raise
-        raise ConfigError(f"package {error.name} is not installed; pip install 'pixart-toolkit[{extra}]'") from error
+        raise ConfigError(f"package {package} is not installed; pip install 'pixart-toolkit[{extra}]'") from error
 
 
 Given = tuple[Path | None, dict[str, Any]]

@@ -13,6 +13,7 @@ from ray.exceptions import RayError
 
 from pipelines.cluster import connect, share
 from pipelines.config import Cluster
+from pipelines.ending import exit_in_time
 from pipelines.pool import Pool
 from pipelines.progress import Progress, RunFacts, Timing
 from pipelines.worker import Retry, Stage, Work
@@ -165,7 +166,7 @@ def execute(
         JobError: If units were set aside, after the others are committed, or another run holds the output.
     """
     require_known([*reasons, *run.cluster.max_rejected_by_reason])
-    with output_lock(run.root) as lease:
+    with exit_in_time(), output_lock(run.root) as lease:
         plan = make_plan(run)
         log.info("%s", plan.line(run))
         if plan.others:

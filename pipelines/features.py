@@ -115,9 +115,7 @@ class ImageStage:
         JobError: If images are prepared otherwise on this machine.
     """
 
-    def __init__(
-        self, root: Path, source: Source, config: ImageFeatures, expected: str | None = None
-    ) -> None:
+    def __init__(self, root: Path, source: Source, config: ImageFeatures, expected: str | None = None) -> None:
         from pixart_data.canvases import require
         from pixart_data.encoders import ImageEncoder
 

@@ -282,7 +282,8 @@ class Pool:
         final = blamed and attempt >= self.max_attempts
         self.watch.unit_failed(unit.id, attempt, reason, final)
         self._num_failures += 1
-        if attempt and not self._num_done and self._num_failures >= max(_MAX_FAILURES_AT_FIRST, 2 * self.share.num_workers):
+        most = max(_MAX_FAILURES_AT_FIRST, 2 * self.share.num_workers)
+        if attempt and not self._num_done and self._num_failures >= most:
             raise JobError(
                 f"the first {self._num_failures} attempts all failed, the last one at {unit.id}: {reason}; "
                 "mend the cause, then run the same command again"

@@ -205,7 +205,7 @@ def test_staged_files_of_a_killed_process_are_deleted_by_the_next(tmp_path, monk
     code = "import os\nfrom pixart_data import storage\nstorage.scratch_file('a').write_text('half')\nos._exit(9)"
     subprocess.run([sys.executable, "-c", code], check=False)
     assert len(list(tmp_path.rglob(".tmp-*"))) == 1
-    code = "from pixart_data.storage import scratch_file\nprint scratch_file 'b'  "
+    code = "from pixart_data import storage\nprint(storage.scratch_file('b'))"
     mine = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
     assert [str(path) for path in tmp_path.rglob(".tmp-*")] == [mine]
 
