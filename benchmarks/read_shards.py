@@ -45,6 +45,8 @@ from benchmarks.layouts import CHANNELS, IMAGE_SET, TEXT_SET, Features, npy_path
 from pixart_data.shards import FeatureSet
 from pixart_model import dataset as ours
 from pixart_model.config import Data
+from pixart_model.mixture import Mixture
+from pixart_model.places import Rows
 
 _SHUFFLE_BUFFER = 128  # samples
 _MIN_TURN_S = 1.0
@@ -80,8 +82,8 @@ class _CountingDataset(ours.Dataset):
     num_read = 0
     _lock = threading.Lock()
 
-    def read(self, rows: Sequence[int] | ours.Rows) -> ours.Batch:
-        batch = super().read(rows)
+    def read(self, rows: Sequence[int] | Rows, seed: int = 0, epoch: int = 0) -> ours.Batch:
+        batch = super().read(rows, seed, epoch)
         with self._lock:
             self.num_read += len(batch)
         return batch
@@ -94,7 +96,8 @@ class Shards:
 
     def __init__(self, root: Path) -> None:
         self.data = Data.model_validate({"features": str(root)})
-        self.dataset = _CountingDataset(FeatureSet(root / IMAGE_SET), FeatureSet(root / TEXT_SET), self.data)
+        texts = Mixture({TEXT_SET: FeatureSet(root / TEXT_SET)}, {TEXT_SET: 1.0})
+        self.dataset = _CountingDataset(FeatureSet(root / IMAGE_SET), texts, self.data)
 
     @property
     def num_read(self) -> int:

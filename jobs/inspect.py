@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from jobs.config import Inspect
+from pixart_data import selection
 from pixart_data.archives import read_seal
 from pixart_data.captions import caption_files
 from pixart_data.commits import COMMITS, MANIFEST, read_records, read_table
@@ -64,7 +65,15 @@ def _look_at_commits(path: Path, num_samples: int) -> tuple[str, Iterator[str]]:
     fetched = read_seal(path)
     if fetched is not None:
         return "fetched images", _fetched([path / rows["path"] for rows in fetched["rows"]], num_samples)
+    if selection.is_selection(path):
+        return "kept images", _kept(path, num_samples)
     return "captions", _captions([location(file.path) for file in caption_files(path, "path")], num_samples)
+
+
+def _kept(path: Path, num_samples: int) -> Iterator[str]:
+    kept = selection.read_selection(path)
+    yield f"  {kept.rows_in:,} measured, {kept.rows_out:,} kept, in {len(kept.parts)} part(s)"
+    yield from _rejected(path / kept.rejected_file.path, num_samples)
 
 
 def _look_at_file(path: Path, num_samples: int) -> tuple[str, Iterator[str]]:

@@ -63,7 +63,7 @@ class Tally(_Part):
 
     @property
     def busy_share(self) -> float | None:
-        """Share of their time, 0 to 1, that workers spent inside the model; None without a model, or before a unit is done."""
+        """Share of their time, 0 to 1, that workers spent inside the model; None while there is nothing to tell."""
         return min(self.busy_s / self.span_s, 1.0) if self.busy_s > 0 and self.span_s > 0 else None
 
 

@@ -145,7 +145,7 @@ class Server(Section):
     """Images are shrunk until their longer side has at most this many pixels."""
     jpeg_quality: int = Field(default=90, ge=30, le=95)
     """Images travel as JPEG of this quality, colours at full resolution."""
-    timeout_s: float = Field(default=300.0, gt=0)
+    timeout_s: float = Field(default=180.0, gt=0)
     """An answer that takes longer is given up and asked for again."""
     max_attempts: int = Field(default=4, ge=1)
     """An image is asked about this often before it is rejected with `server_error`, if the server is well otherwise."""

@@ -78,6 +78,14 @@ def seal_selection(root: Path, selection: Selection) -> None:
     write_atomic(root / MANIFEST, json.dumps(manifest, indent=1).encode())
 
 
+def is_selection(root: Path) -> bool:
+    """Tell the output of a finished filter from others."""
+    try:
+        return f'"{FORMAT}"'.encode() in read_bytes(root / MANIFEST)
+    except FileNotFoundError:
+        return False
+
+
 def read_selection(root: Path) -> Selection:
     """Return what a filter kept.
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from pixart_data import selection
 from pixart_data.commits import COMMITS, MANIFEST, file_sha256, read_records, read_table
 from pixart_data.errors import ConfigError, DataError
 from pixart_data.shards import INDEX, REJECTED_FILE, Manifest, feature_sets, member_prefix, read_manifest, tensor_shape
@@ -47,6 +48,8 @@ def verify(root: Path) -> Iterator[Finding]:
         raise DataError(f"{root}: expected a dataset, a feature set or a table of captions, found none of them")
     for path in sets.values():
         yield from _verify_set(path)
+    if selection.is_selection(root):
+        yield from _verify_selection(root)
     for path in sorted(path.parent for path in (root / COMMITS, *root.glob(f"*/{COMMITS}")) if path.is_dir()):
         in_manifest = {".tar"} if path in sets.values() else set()  # of captions and unfinished sets, all files
         yield from _verify_records(path, in_manifest)
@@ -66,6 +69,15 @@ def _verify_records(root: Path, skipped: set[str]) -> Iterator[Finding]:
             else:
                 what = "damaged" if found else "missing"
                 yield Finding(path, problem=f"{what}; delete commits/{record.unit}.json and run the job again")
+
+
+def _verify_selection(root: Path) -> Iterator[Finding]:
+    kept = selection.read_selection(root)
+    for file in (*(part.file for part in kept.parts), kept.rejected_file):
+        if _sha256(root / file.path) == file.sha256:
+            yield Finding(root / file.path, file.size_bytes)
+        else:
+            yield Finding(root / file.path, problem="missing or damaged; run `pixart filter` again: it is rewritten")
 
 
 def _verify_set(root: Path) -> Iterator[Finding]:

@@ -322,6 +322,12 @@ def test_a_server_that_drops_pictures_is_a_setting_to_mend(server, connect):
     assert "tokens in a prompt with a picture, no more than in one without; serve an image-text" in str(caught.value)
 
 
+def test_answers_that_differ_by_chance_do_not_make_up_for_tokens_that_are_not_there(server, connect):
+    server.others = lambda handler, request: handler.say(200, completion(f"{len(server.requests)}", 30))
+    with pytest.raises(ConfigError, match="found 30 tokens in a prompt with a picture, no more than in one without"):
+        connect(server)
+
+
 @pytest.mark.parametrize("num_words", [None, 3])
 def test_a_server_that_answers_the_same_to_red_and_blue_is_blind(server, connect, num_words):
     """It may not count tokens at all, or count the words that stand for a lost picture."""
@@ -388,7 +394,8 @@ def test_what_a_server_refuses_at_the_start_is_a_setting_to_mend(server, connect
 
 def test_a_server_that_does_not_answer_at_the_start_is_one_line(connect):
     url = f"http://127.0.0.1:{free_port()}/v1"
-    with pytest.raises(JobError, match=f"^captioner.server: .*{url} cannot be reached: Connect call failed .*`vllm serve org/model`"):
+    why = f"{url} cannot be reached: Connect call failed .*; start the server, e.g. `vllm serve org/model`"
+    with pytest.raises(JobError, match=f"^captioner.server: .*{why}"):
         connect(url)
     with ChatServer() as broken:
         broken.others = hang

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pixart_data import storage
+from pixart_data import retries
 from pixart_data.errors import ConfigError, DataError
 from pixart_data.records import Reason
 from pixart_data.sections import Source
@@ -359,4 +359,4 @@ def test_storage_that_keeps_failing_is_an_error_not_a_row(tmp_path, monkeypatch,
         patch.setattr("builtins.open", fail)
         with pytest.raises(DataError, match=r"a.(jpg|JPG): cannot be read: Input/output error; check the storage"):
             list(read_samples(unit, source(path)))
-    assert len(attempts) == storage._ATTEMPTS
+    assert len(attempts) == retries._ATTEMPTS

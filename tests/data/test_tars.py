@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pixart_data import storage
+from pixart_data import retries
 from pixart_data.errors import DataError
 from pixart_data.records import Reason
 from pixart_data.sections import Source
@@ -517,7 +517,7 @@ def test_storage_that_keeps_failing_is_an_error_not_a_row(tmp_path, flaky):
     failed = flaky(os, "pread", errno.EIO, times=float("inf"), every=1)
     with pytest.raises(DataError, match=r"x.tar: cannot be read: Input/output error; check the storage, then run"):
         list(read_samples(unit, source))
-    assert len(failed) == storage._ATTEMPTS
+    assert len(failed) == retries._ATTEMPTS
 
 
 def test_a_handle_that_goes_stale_is_not_taken_for_the_new_file(tmp_path, flaky):

@@ -10,7 +10,8 @@ import pytest
 CODE = """
 import signal, sys, threading
 from pipelines.ending import exit_in_time
-signal.signal(signal.SIGTERM, lambda *_: print("told", flush=True))
+told = threading.Event()
+signal.signal(signal.SIGTERM, lambda *_: told.set())
 with exit_in_time(float(sys.argv[1])):
     print("ready", flush=True)
     if sys.argv[2] == "hangs":
@@ -18,7 +19,7 @@ with exit_in_time(float(sys.argv[1])):
         lock.acquire()
         lock.acquire()
     else:
-        signal.pause()
+        told.wait()
 print("in order", flush=True)
 """
 
