@@ -266,7 +266,8 @@ def seal(root: Path, records: Sequence[Record], schema: pa.Schema, manifest: Man
         keys.append(good["key"])
     _require_distinct(root, keys)
     sealed = replace(manifest, rejected_sha256=rejected.publish(), index_sha256=index.publish())
-    write_atomic(root / MANIFEST, json.dumps(asdict(sealed), indent=1).encode())
+    # Sorted: facts of a model come from a worker in one order, and from a record read again in another.
+    write_atomic(root / MANIFEST, json.dumps(asdict(sealed), indent=1, sort_keys=True).encode())
     return sealed
 
 

@@ -306,6 +306,23 @@ def test_a_server_that_comes_later_is_looked_at_and_asked(connect):
             assert [request.is_canary for request in late.requests][:2] == [True, True]
 
 
+def test_a_server_that_comes_later_and_is_blind_is_a_setting_to_mend(connect):
+    port = free_port()
+    with ChatServer() as first:
+        engine = connect(first, f"http://127.0.0.1:{port}/v1")
+        with ChatServer(port) as late:
+            late.others = without_image
+            deadline_s = time.monotonic() + 20
+            found = None
+            while found is None and time.monotonic() < deadline_s:
+                try:
+                    caption(engine)
+                except ConfigError as error:
+                    found = str(error)
+            assert f"expected {late.url} to see pictures" in found
+            assert not late.of_rows
+
+
 # Servers that do not see
 
 
