@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 DEMO := out/demo
 
-.PHONY: help install demo test check fix bench clean
+.PHONY: help install demo test check fix bench chaos clean
 
 help:  ## show this
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -38,6 +38,11 @@ fix: install  ## format, and mend what the linter can
 bench: install  ## ratios against what one would use instead, measured side by side
 	$(BIN)/python -m benchmarks.read_shards
 	$(BIN)/python -m benchmarks.prepare_images
+	$(BIN)/python -m benchmarks.run_pipeline
+
+chaos: install  ## kill workers, nodes and drivers at random, on a local disk and on an S3 server; compare every byte
+	$(BIN)/python -m tests.chaos --storage local --kills 30
+	$(BIN)/python -m tests.chaos --storage s3 --kills 30
 
 clean:  ## delete what the demo made
 	rm -rf $(DEMO)

@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return int(resolve("jobs.submit:attend", "data")(args.command, args.id, outer))
         job = read_job(args)
         if outer:
-            return int(resolve("jobs.submit:submit", "data")(args.command, job, outer, args.verbose))
+            return int(resolve("jobs.submit:submit", "data")(args.command, job, outer, _told(args)))
         resolve(COMMANDS[name].function, COMMANDS[name].extra)(job, dry_run=args.dry_run)
     except PixArtError as error:
         for line in str(error).splitlines():
@@ -113,6 +113,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(name, "stopped; run the same command again to go on where it was", 130)
         return 130
     return 0
+
+
+def _told(args: argparse.Namespace) -> str:
+    """Return the flags about logs, to be passed on to where a job runs."""
+    return (" -v" if args.verbose else "") + (" --log-json" if args.log_json else "")
 
 
 def parse(words: Sequence[str]) -> tuple[argparse.Namespace | None, argparse.Namespace]:

@@ -31,13 +31,13 @@ _AUTOSCALING_HEAD = """\
 """
 
 
-def render(command: str, job: Section, options: argparse.Namespace, verbose: bool = False) -> str:
+def render(command: str, job: Section, options: argparse.Namespace, flags: str = "") -> str:
     """Return the manifest that runs a job where `options.on` says.
 
     Raises:
         ConfigError: If what was asked for cannot work there.
     """
-    parcel = Parcel(command, resolved_toml(job), "cluster" in type(job).model_fields, verbose)
+    parcel = Parcel(command, resolved_toml(job), "cluster" in type(job).model_fields, flags)
     shape = shape_of(options, command)
     _check(parcel, job, shape)
     if options.on == "slurm":

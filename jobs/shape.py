@@ -32,11 +32,11 @@ class Parcel:
     command: str
     job_toml: str
     uses_ray: bool
-    is_verbose: bool = False
+    flags: str = ""
 
     def words(self, job_file: str) -> str:
         """Return the command line for a job file at that place, without quoting: `caption job.toml -v`."""
-        return f"{self.command} {job_file}" + (" -v" if self.is_verbose else "")
+        return f"{self.command} {job_file}{self.flags}"
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ _JOB_FILE = "job.toml"
 _IN_PROCESS = ("train", "sample")  # not by workers, which get GPUs of their own
 
 
-def submit(command: str, job: Section, options: argparse.Namespace, verbose: bool = False) -> int:
+def submit(command: str, job: Section, options: argparse.Namespace, flags: str = "") -> int:
     """Submit a command and, on a Ray cluster, follow its log to the end and return its exit code.
 
     Raises:
@@ -38,13 +38,13 @@ def submit(command: str, job: Section, options: argparse.Namespace, verbose: boo
         JobError: If the cluster does not answer or loses the job, or the scheduler's tool is missing or refuses.
     """
     if options.on != "ray" or options.print:
-        text = render(command, job, options, verbose)
+        text = render(command, job, options, flags)
         if not options.print and not options.dry_run:
             return hand_over(text, options.on)
         print(text, end="")
         return 0
     address = _address(options)
-    entrypoint = _entrypoint(command, options, verbose)
+    entrypoint = _entrypoint(command, options, flags)
     if options.dry_run:
         print(f"submit: to {address}: {entrypoint}\n\n{_JOB_FILE}:\n{resolved_toml(job)}", end="")
         return 0
@@ -104,10 +104,10 @@ def _address(options: argparse.Namespace) -> str:
     return options.address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
 
 
-def _entrypoint(command: str, options: argparse.Namespace, verbose: bool) -> str:
+def _entrypoint(command: str, options: argparse.Namespace, flags: str) -> str:
     # The cluster's own `pixart`, or, where its dashboard was started without the environment's bin folder on the PATH,
     # the interpreter of this machine: the head of a cluster on a laptop.
-    words = f"{command} {_JOB_FILE}" + (" -v" if verbose else "")
+    words = f"{command} {_JOB_FILE}{flags}"
     wait = ""
     if options.nodes:
         wait = f"-m jobs.nodes {options.nodes} --gpus-per-node {options.gpus_per_node} --ask --at-least 1 && "

@@ -227,12 +227,13 @@ def _plan_retry(run: Run, plan: Plan, reasons: Sequence[str]) -> None:
         record = plan.done[unit.id]
         if any(record.rejected.get(reason) for reason in reasons):
             plan.todo.append((Retry(unit, record, tuple(reasons)), record.settings))
-    count = sum(work.record.rejected.get(reason, 0) for work, _ in plan.todo for reason in reasons)  # type: ignore[attr-defined]
+    count = sum(work.num_rows for work, _ in plan.todo if isinstance(work, Retry))
     log.info("%s: %d rejected rows of %d shards are done again", run.stage, count, len(plan.todo))
 
 
 def _work(run: Run, plan: Plan, lease: Lease, progress: Progress) -> dict[str, str]:
     settings = {unit.id: unit_settings for unit, unit_settings in plan.todo}
+    again = {unit.id: unit.num_rows for unit, _ in plan.todo if isinstance(unit, Retry)}
     new = {unit.id for unit, _ in plan.todo} - _committed(run.root)
     connect(run.cluster)
     cluster = run.cluster if run.needs_gpu else run.cluster.model_copy(update={"gpus_per_worker": 0.0})
@@ -261,7 +262,8 @@ def _work(run: Run, plan: Plan, lease: Lease, progress: Progress) -> dict[str, s
                 unsealed = True
             write_record(run.root, record, replaces=record.unit not in new)
             plan.done[record.unit] = record
-            progress.unit_done(record, Timing(done.worker, done.seconds, done.busy_s, attempt, done.peak_rss_bytes))
+            took = (done.worker, done.seconds, done.busy_s, attempt, done.peak_rss_bytes)
+            progress.unit_done(record, Timing(*took, rows=again.get(record.unit)))
             for kind, count in (Counter(events.counts()) - noted).items():
                 progress.note(kind, count)
             noted = Counter(events.counts())

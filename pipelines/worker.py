@@ -58,6 +58,11 @@ class Retry:
         """The unit's name."""
         return str(self.unit.id)
 
+    @property
+    def num_rows(self) -> int:
+        """The rows that are done again."""
+        return sum(self.record.rejected.get(reason, 0) for reason in self.reasons)
+
 
 @dataclass(frozen=True)
 class Done:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pixart_data.errors import JobError, PixArtError
 from pixart_data.processes import is_alive, process_name
-from pixart_data.storage import delete, list_files, make_dir, read_bytes, write_atomic, write_new
+from pixart_data.storage import TEMPORARY, delete, list_files, make_dir, read_bytes, write_atomic, write_new
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +117,8 @@ def _acquire(root: Path) -> Lease:
         number = (numbers[-1] if numbers else 0) + 1
         claim = _Claim(uuid.uuid4().hex, process_name())
         if write_new(_path(root, number), _text(claim)) and _numbers(root)[-1] == number:
-            delete(_path(root, old) for old in numbers)
+            temporary = (path for path in list_files(root / FOLDER) if path.name.startswith(TEMPORARY))
+            delete([*(_path(root, old) for old in numbers), *temporary])  # what holders that were killed left
             return Lease(root, number, claim)
 
 

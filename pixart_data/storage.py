@@ -206,7 +206,12 @@ def _write_local(path: Path, data: bytes, put: Callable[[str, Path], None]) -> N
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o644)
-        put(name, path)
+        try:
+            put(name, path)
+        except FileNotFoundError as error:
+            if Path(name).exists():
+                raise
+            raise OSError(errno.EAGAIN, "its temporary file was swept away") from error  # by a run that took over
         sync_dir(path.parent)
     finally:
         Path(name).unlink(missing_ok=True)  # gone after a rename

@@ -3,8 +3,8 @@
 python -m tests.chaos --storage local --kills 30 --seed 1
 python -m tests.chaos --storage s3 --kills 30 --seed 1
 
-`pixart extract` runs on a Ray cluster of three nodes on this machine. A die kills -9 a worker, the raylet of a node, the
-driver, or the head together with the driver; it stops a worker for a while, and asks the driver to end by SIGTERM.
+`pixart extract` runs on a Ray cluster of three nodes on this machine. A die kills -9 a worker, the raylet of a node,
+the driver, or the head together with the driver; it stops a worker for a while, and asks the driver to end by SIGTERM.
 However the command ends, the same command is given again. Once it has exited with 0, all files must be those of an
 undisturbed run, byte for byte, with nothing beside them, and no commit record may ever have changed. Then comes the
 next round, until there were enough kills. With `--storage s3` the output lies on an S3-compatible server behind a proxy
@@ -130,7 +130,12 @@ def write_tars(folder: Path, settings: Settings) -> int:
 def contents(root: Path) -> dict[str, str]:
     """Return the sha256 of every file below a folder by its path, but of those that no two runs have alike."""
     files = (path for path in sorted(root.rglob("*")) if path.is_file())
-    compared = (p for p in files if p.name not in NOT_COMPARED and p.parent.name != ".lease")
+    lease = re.compile(r"[0-9]+\.json")  # numbered by the runs it took
+    compared = (
+        path
+        for path in files
+        if not (path.name in NOT_COMPARED or (path.parent.name == ".lease" and lease.fullmatch(path.name)))
+    )
     return {path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in compared}
 
 
@@ -327,12 +332,20 @@ class Chaos:
             "rounds, all identical": self.num_rounds,
             "kills": f"{self.num_kills}: {_counted(self.struck)}",
             "drivers": f"{self.num_drivers}, ended: {_counted(self.ends)}",
+            "units": f"{self._num_units()} done, {self._num_again()} attempts lost with their worker and made again",
             "mended on the way": _counted(self.events),
             "longest end by SIGTERM": f"{self.longest_term_s:.1f} s",
             "faults injected": self.storage.faults(),
             "wall time": f"{time.monotonic() - self._began_s:.0f} s",
         }
         return "".join(f"{name:24}{value}\n" for name, value in rows.items())
+
+    def _num_units(self) -> int:
+        return self.num_rounds * (2 * self.settings.num_units + 1)  # and the features of the empty caption
+
+    def _num_again(self) -> int:
+        """Count what drivers said of failed attempts; those that were lost with a driver, nobody counts."""
+        return sum(path.read_text().count(" attempt ") for path in self.logs.glob("driver-*.err"))
 
     # Rounds
 

@@ -60,6 +60,13 @@ def test_a_second_run_is_refused_and_a_killed_one_followed_at_once(holder, root)
         assert [path.name for path in list_files(root / ".lease")] == ["000002.json"]
 
 
+def test_what_a_holder_was_writing_when_it_was_killed_is_deleted(tmp_path):
+    (tmp_path / "out/.lease").mkdir(parents=True)
+    (tmp_path / "out/.lease/.tmp-killed").write_text('{"token": ')
+    with output_lock(tmp_path / "out"):
+        assert [path.name for path in list_files(tmp_path / "out/.lease")] == ["000001.json"]
+
+
 def test_a_stopped_run_stays_the_holder(holder, root):
     holder.send_signal(signal.SIGSTOP)
     with pytest.raises(JobError, match="another run is writing here"):

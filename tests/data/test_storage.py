@@ -69,6 +69,22 @@ def test_only_one_of_many_writers_makes_a_new_file(root):
     assert [path.name for path in list_files(root / "x")] == ["lease"]
 
 
+@pytest.mark.parametrize("write", [write_atomic, write_new])
+def test_a_temporary_file_that_another_run_sweeps_away_is_written_again(tmp_path, monkeypatch, write):
+    swept = []
+
+    def sweep_first(path, mode):  # between the writing and the renaming
+        if not swept:
+            swept.append(path)
+            os.unlink(path)
+
+    monkeypatch.setattr(os, "chmod", sweep_first)
+    write(tmp_path / "file", b"content")
+    assert swept
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_bytes() == b"content"
+
+
 def test_a_published_file_is_whole_and_found_by_its_record(root):
     content = os.urandom(3_000_000)
     file = publish(stage(root, "0.50", content), root, root / "0.50", "u", ".tar")

@@ -138,6 +138,11 @@ def test_a_job_that_ended_without_an_exit_code_is_judged_by_its_status(cluster, 
     assert "pixart submit: raysubmit_1: STOPPED: what happened" in capsys.readouterr().err
 
 
+def test_what_is_said_of_logs_travels_with_the_job(cluster, job):
+    client, _ = cluster("caption", job, "-v", "--log-json")
+    assert "caption job.toml -v --log-json" in client.jobs[0]["entrypoint"]
+
+
 def test_a_dry_run_shows_the_job_and_sends_nothing(cluster, job, capsys):
     client, code = cluster("caption", job, "--dry-run")
     out = capsys.readouterr().out
