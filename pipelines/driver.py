@@ -18,12 +18,12 @@ from pipelines.pool import Pool
 from pipelines.progress import Progress, RunFacts, Timing
 from pipelines.worker import Retry, Stage, Work
 from pixart_data import events
-from pixart_data.commits import COMMITS, MANIFEST, Record, read_records, sweep, write_record
+from pixart_data.commits import MANIFEST, Record, read_records, sweep, write_record
 from pixart_data.config import Section, digest, resolved_toml
 from pixart_data.errors import ConfigError, DataError, JobError
 from pixart_data.leases import Lease, output_lock
 from pixart_data.records import Reason
-from pixart_data.storage import delete, list_files, write_atomic
+from pixart_data.storage import delete, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -67,11 +67,16 @@ class Run:
 
 @dataclass
 class Plan:
-    """Which units are done and which are left, the redone ones by what changed, and the number of others' records."""
+    """Which units are done and which are left, and the redone ones by what changed.
+
+    Attributes:
+        records: All that are there, those of other sources and of units to be redone included.
+    """
 
     done: dict[str, Record] = field(default_factory=dict)
     todo: list[tuple[Work, dict[str, Any]]] = field(default_factory=list)
     redo: dict[str, list[str]] = field(default_factory=dict)
+    records: dict[str, Record] = field(default_factory=dict)
     others: int = 0
 
     def line(self, run: Run) -> str:
@@ -132,7 +137,7 @@ class Account:
 def make_plan(run: Run) -> Plan:
     """Compare the units with the records under the run's root."""
     records = read_records(run.root)
-    plan = Plan(others=len(records.keys() - {unit.id for unit in run.units}))
+    plan = Plan(records=records, others=len(records.keys() - {unit.id for unit in run.units}))
     for unit in run.units:
         settings = run.settings(unit)
         record = records.get(unit.id)
@@ -174,7 +179,7 @@ def execute(
         if reasons:
             _plan_retry(run, plan, reasons)
         write_atomic(run.root / JOB, f"# pixart {run.stage.split()[0]}\n{resolved_toml(job)}".encode())
-        sweep(run.root, run.swept)
+        sweep(run.root, run.swept, plan.records.values())
         todo = {unit.id for unit, _ in plan.todo}
         done = [record for unit, record in plan.done.items() if unit not in todo]
         progress = Progress(RunFacts(run.stage, run.root, len(run.units), done, run.cluster.price_per_hour, None))
@@ -205,7 +210,8 @@ def _execute(
         )
     lease.check()
     account = (finish(records) if finish else None) or Account.of(records)
-    sweep(run.root, run.swept)
+    lease.check()  # whoever came since has records that are not among these
+    sweep(run.root, run.swept, plan.records.values())
     if run.judged:
         _judge(run, account)
     return account
@@ -234,7 +240,7 @@ def _plan_retry(run: Run, plan: Plan, reasons: Sequence[str]) -> None:
 def _work(run: Run, plan: Plan, lease: Lease, progress: Progress) -> dict[str, str]:
     settings = {unit.id: unit_settings for unit, unit_settings in plan.todo}
     again = {unit.id: unit.num_rows for unit, _ in plan.todo if isinstance(unit, Retry)}
-    new = {unit.id for unit, _ in plan.todo} - _committed(run.root)
+    new = {unit.id for unit, _ in plan.todo} - plan.records.keys()
     connect(run.cluster)
     cluster = run.cluster if run.needs_gpu else run.cluster.model_copy(update={"gpus_per_worker": 0.0})
 
@@ -261,7 +267,7 @@ def _work(run: Run, plan: Plan, lease: Lease, progress: Progress) -> dict[str, s
                 delete([run.root / MANIFEST])
                 unsealed = True
             write_record(run.root, record, replaces=record.unit not in new)
-            plan.done[record.unit] = record
+            plan.done[record.unit] = plan.records[record.unit] = record
             took = (done.worker, done.seconds, done.busy_s, attempt, done.peak_rss_bytes)
             progress.unit_done(record, Timing(*took, rows=again.get(record.unit)))
             for kind, count in (Counter(events.counts()) - noted).items():
@@ -270,10 +276,6 @@ def _work(run: Run, plan: Plan, lease: Lease, progress: Progress) -> dict[str, s
     except RayError as error:
         raise JobError(f"{run.stage}: the cluster was lost: {error}; run the same command again to go on") from error
     return pool.failed
-
-
-def _committed(root: Path) -> set[str]:
-    return {path.name.removesuffix(".json") for path in list_files(root / COMMITS)}
 
 
 def _judge(run: Run, account: Account) -> None:

@@ -150,17 +150,17 @@ def has_records(root: Path) -> bool:
     return bool(list_files(root / COMMITS))
 
 
-def sweep(root: Path, directories: Iterable[Path]) -> int:
+def sweep(root: Path, directories: Iterable[Path], records: Iterable[Record]) -> int:
     """Delete what no record names: temporary files, and published files of attempts that never committed.
 
     Only temporary files are deleted in `root` itself and beside the records. In `directories`, which hold nothing but
     published files, so are files that are named as `publish` names them. Only call this while holding
-    `leases.output_lock(root)`.
+    `leases.output_lock(root)`, with all records that are there.
 
     Returns:
         The number of files deleted.
     """
-    named = {file.path for record in read_records(root).values() for file in record.files}
+    named = {file.path for record in records for file in record.files}
     leftovers = [path for directory in (root, root / COMMITS) for path in list_files(directory) if _is_temporary(path)]
     for directory in directories:
         found = list_files(directory)

@@ -4,11 +4,12 @@ python -m tests.chaos --storage local --kills 30 --seed 1
 python -m tests.chaos --storage s3 --kills 30 --seed 1
 
 `pixart extract` runs on a Ray cluster of three nodes on this machine. A die kills -9 a worker, the raylet of a node,
-the driver, or the head together with the driver; it stops a worker for a while, and asks the driver to end by SIGTERM.
-However the command ends, the same command is given again. Once it has exited with 0, all files must be those of an
-undisturbed run, byte for byte, with nothing beside them, and no commit record may ever have changed. Then comes the
-next round, until there were enough kills. With `--storage s3` the output lies on an S3-compatible server behind a proxy
-that injects errors. The seed decides what is done and after which delay; what it hits depends on the machine's pace.
+the driver, or the head together with the driver; it stops a worker for a while, asks the driver to end by SIGTERM, and
+gives the command a second time while it runs. However the command ends, it is given again. Once it has exited with 0,
+all files must be those of an undisturbed run, byte for byte, with nothing beside them, and no commit record may ever
+have changed. Then comes the next round, until there were enough kills. With `--storage s3` the output lies on an
+S3-compatible server behind a proxy that injects errors. The seed decides what is done and after which delay; what it
+hits depends on the machine's pace.
 """
 
 import argparse
@@ -42,8 +43,9 @@ from tests.conftest import SHARED
 from tests.faults import FaultyProxy
 from tests.raylets import Cluster, adopt, bury, end_all, send
 
-BAG = ["worker"] * 4 + ["driver"] * 2 + ["raylet"] * 2 + ["head", "pause", "term"]
-"""What is done, drawn without putting back until the bag is empty; all but the last two are kills."""
+GENTLE = ["pause", "term", "rival"]
+BAG = ["worker"] * 4 + ["driver"] * 2 + ["raylet"] * 2 + ["head", *GENTLE]
+"""What is done, drawn without putting back until the bag is empty; all but the gentle ones are kills."""
 
 SETS = ("256px", "text")
 NOT_COMPARED = {"status.json", "summary.html", "job.toml"}  # clock times, and the output's own path
@@ -305,7 +307,7 @@ class Chaos:
     @property
     def num_kills(self) -> int:
         """How many processes or nodes were killed -9 so far."""
-        return self.struck.total() - self.struck["pause"] - self.struck["term"]
+        return self.struck.total() - sum(self.struck[kind] for kind in GENTLE)
 
     def run(self) -> None:
         """Do rounds until there were enough kills.
@@ -422,7 +424,7 @@ class Chaos:
         command = [sys.executable, "-m", "jobs.cli", "extract", str(job), *words]
         with stem.with_suffix(".out").open("wb") as out, stem.with_suffix(".err").open("wb") as err:
             process = psutil.Popen(command, env=self.cluster.environment, stdout=out, stderr=err)
-        return Driver(process, stem)
+        return Driver(process, stem, job)
 
     # Strikes
 
@@ -507,6 +509,20 @@ class Chaos:
         self.longest_term_s = max(self.longest_term_s, time.monotonic() - began_s)
         return count
 
+    def _strike_rival(self, driver: "Driver") -> int:
+        """A second driver is refused while the first lives, and is one like any other if that ends meanwhile."""
+        if "shards, " not in driver.said():
+            return 0  # it does not hold the output yet, and would itself be the one that is refused
+        rival = self._drive(driver.job)
+        try:
+            code = rival.process.wait(_PATIENCE_S)
+        except psutil.TimeoutExpired:
+            raise ChaosError(f"a second driver is still there after {_PATIENCE_S:.0f} s: {rival.said()}") from None
+        refused = code == 4 and "another run is writing here" in rival.said()
+        if not refused and not (code == 0 and driver.process.poll() is not None):
+            raise ChaosError(f"a second driver was not refused, it ended with {code}: {rival.said()}")
+        return 1
+
     def _say(self, line: str) -> None:
         sys.stderr.write(f"{time.monotonic() - self._began_s:7.1f} s  {line}\n")
         sys.stderr.flush()
@@ -515,8 +531,8 @@ class Chaos:
 class Driver:
     """One run of the command, what it says, and what was done while it ran."""
 
-    def __init__(self, process: psutil.Popen, stem: Path) -> None:
-        self.process, self._stem = process, stem
+    def __init__(self, process: psutil.Popen, stem: Path, job: Path) -> None:
+        self.process, self._stem, self.job = process, stem, job
         self.struck: list[str] = []
 
     def printed(self) -> str:

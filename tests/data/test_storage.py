@@ -120,7 +120,7 @@ def test_sweep_deletes_what_no_record_names(root):
     write_record(root, record(files=[kept]))
     publish(stage(root, "a", b"orphan"), root, root / "a", "u", ".tar")
     write_atomic(root / "a/notes.txt", b"mine")
-    assert sweep(root, [root / "a", root / "nowhere"]) == 1
+    assert sweep(root, [root / "a", root / "nowhere"], read_records(root).values()) == 1
     assert sorted(path.name for path in list_files(root / "a")) == sorted(["notes.txt", kept.path.split("/")[1]])
 
 
@@ -128,7 +128,7 @@ def test_sweep_aborts_uploads_that_were_killed(bucket):
     root = location(f"{bucket}/out")
     for key in ("out/a/u.tar", "elsewhere/u.tar"):
         root.fs.call_s3("create_multipart_upload", Bucket=bucket.removeprefix("s3://"), Key=key)
-    assert sweep(root, []) == 1
+    assert sweep(root, [], read_records(root).values()) == 1
     left = root.fs.list_multipart_uploads(bucket.removeprefix("s3://"))
     assert [upload["Key"] for upload in left] == ["elsewhere/u.tar"]
 

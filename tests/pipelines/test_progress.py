@@ -488,7 +488,7 @@ def test_a_status_is_written_though_the_sweep_takes_its_temporary_file(lines, be
 
     def swept_first(source, target):
         if not swept:
-            swept.append(sweep(tmp_path, []))
+            swept.append(sweep(tmp_path, [], []))
         rename(source, target)
 
     monkeypatch.setattr(os, "replace", swept_first)
@@ -537,7 +537,7 @@ def test_status_and_summary_are_no_leftovers(lines, begin, tmp_path):
     shown = begin(1)
     do(shown, "a", 10)
     shown.close("done")
-    assert sweep(tmp_path, []) == 0
+    assert sweep(tmp_path, [], []) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == [STATUS_FILE, SUMMARY_FILE]
 
 
