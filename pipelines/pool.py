@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any, Protocol
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
 from pipelines.cluster import Share
 from pipelines.worker import Done, Report, Stage, Work, Worker
@@ -339,5 +339,7 @@ class Pool:
 
 
 def _last_line(error: BaseException) -> str:
+    if isinstance(error, OutOfMemoryError):  # its last line is advice on settings of Ray that are not used here
+        return "memory ran out on its machine, and Ray killed it"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1][:300] if lines else type(error).__name__

@@ -3,7 +3,7 @@
 python -m tests.chaos --storage local --kills 30 --seed 1
 python -m tests.chaos --storage s3 --kills 30 --seed 1
 
-`pixart extract` runs on a Ray cluster of three nodes on this machine. A die kills -9 a worker, the raylet of a node,
+`pixart extract` runs on a Ray cluster of a few nodes on this machine. A die kills -9 a worker, the raylet of a node,
 the driver, or the head together with the driver; it stops a worker for a while, asks the driver to end by SIGTERM, and
 gives the command a second time while it runs. However the command ends, it is given again. Once it has exited with 0,
 all files must be those of an undisturbed run, byte for byte, with nothing beside them, and no commit record may ever
@@ -74,6 +74,7 @@ class Settings:
     seed: int
     num_units: int
     rows_per_unit: int
+    num_nodes: int
     limit_s: float
 
 
@@ -292,7 +293,7 @@ class Chaos:
         self.storage = S3Storage(folder, settings.seed) if settings.storage == "s3" else LocalStorage(folder)
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_"))}
         environment |= {"HF_HUB_OFFLINE": "1", "TMPDIR": str(folder / "scratch"), **self.storage.environment}
-        self.cluster = Cluster(environment, self.logs)
+        self.cluster = Cluster(environment, self.logs, settings.num_nodes)
         self.num_rows = write_tars(folder / "photos", settings)
         self.struck: Counter[str] = Counter()
         self.ends: Counter[str] = Counter()
@@ -556,10 +557,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=None, help="default: another one each time")
     parser.add_argument("--units", type=int, default=40)
     parser.add_argument("--rows-per-unit", type=int, default=6)
+    parser.add_argument("--nodes", type=int, default=3, help="of the cluster, the head included; at least 2")
     parser.add_argument("--limit-s", type=float, default=3600.0)
     args = parser.parse_args()
     seed = random.SystemRandom().randrange(10**6) if args.seed is None else args.seed
-    settings = Settings(args.storage, args.kills, seed, args.units, args.rows_per_unit, args.limit_s)
+    sizes = (args.units, args.rows_per_unit, args.nodes)
+    settings = Settings(args.storage, args.kills, seed, *sizes, args.limit_s)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     adopt()
     folder = Path(tempfile.mkdtemp(prefix="pixart-chaos-"))

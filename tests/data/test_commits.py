@@ -70,6 +70,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     def fail(*_):
         raise OSError(5, os.strerror(5))
 
+    monkeypatch.setattr("pixart_data.retries._FIRST_WAIT_S", 0.001)
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(JobError, match="cannot write: Input/output error; check the storage"):
         write_atomic(path, b"new")

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from jobs import cli
-from pixart_data import commits
+from pixart_data import commits, leases
 from pixart_data.errors import JobError
 
 pytestmark = pytest.mark.usefixtures("ray_here")
@@ -214,6 +214,6 @@ def test_a_second_run_on_one_output_is_refused(pictures, miniatures, job_file, t
         "source": {"paths": [str(pictures)]},
         "captioner": {"model": miniatures["llava"]},
     }
-    with commits.output_lock(tmp_path / "out"):
+    with leases.output_lock(tmp_path / "out"):
         assert cli.main(["caption", str(job_file("caption", job))]) == 4
     assert "another run is writing here" in capsys.readouterr().err

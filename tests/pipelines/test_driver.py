@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,9 +14,9 @@ from ray import cloudpickle
 from pipelines.config import Cluster, Stats
 from pipelines.driver import Account, Run, execute, make_plan
 from pixart_data.commits import Record, publish, read_records, write_record
-from pixart_data.errors import DataError, JobError
+from pixart_data.errors import ConfigError, DataError, JobError
 from pixart_data.leases import output_lock
-from pixart_data.storage import staging_path
+from pixart_data.storage import staging_path, write_new
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import the tests
 
@@ -29,20 +30,27 @@ class Task:
 
 
 class CopyStage:
-    """Writes a file for each unit; fails for the units named in `broken`, a file beside the output."""
+    """Writes a file for each unit; two files beside the output name units that fail (`broken`), or are overtaken."""
 
     def __init__(self, root):
         self.root = root
 
     def __call__(self, unit, report):
-        broken = self.root.parent / "broken"
+        broken, taken = self.root.parent / "broken", self.root.parent / "taken"
         staged = staging_path(self.root / "files", f"{unit.id}.tar")
         staged.write_text(f"{unit.id} {unit.fingerprint}\n" * unit.rows)
         if broken.exists() and unit.id in broken.read_text().split():
             raise RuntimeError(f"{unit.id} is broken")
+        if taken.exists() and unit.id == taken.read_text():
+            self.take_over()
         file = publish(staged, self.root, self.root / "files", unit.id, ".tar")
         rejected = {"zero_bytes": unit.bad} if unit.bad else {}
         return Record(unit.id, "", {}, unit.rows, unit.rows - unit.bad, rejected, [file], facts={"model": "m"})
+
+    def take_over(self):
+        """Do what a run on another machine does that takes this one for dead, and give the driver time to see it."""
+        write_new(self.root / ".lease/000002.json", b'{"token": "t", "process": "far-away.17.4711"}')
+        time.sleep(2)
 
 
 def make_run(root, units, settings=None, **changes):
@@ -202,6 +210,34 @@ class TestExecute:
         else:
             execute_job(run, finished.extend)
         assert len(finished) == 1
+
+    @pytest.mark.parametrize(("limit", "judged"), [(0.02, True), (0.03, False)])
+    def test_a_single_reason_may_have_a_limit_of_its_own(self, root, limit, judged):
+        cluster = Cluster(num_workers=1, cpus_per_worker=0.1, max_rejected_by_reason={"zero_bytes": limit})
+        run = make_run(root, [Task("a", 100, 3)], cluster=cluster)
+        if not judged:
+            assert execute_job(run).rows_out == 97
+            return
+        with pytest.raises(DataError, match=r"3% zero_bytes, limit 2% \(cluster.max_rejected_by_reason\); every"):
+            execute_job(run)
+        assert list(read_records(root)) == ["a"]
+
+    def test_a_limit_for_a_reason_that_does_not_exist_is_refused_before_any_work(self, root):
+        cluster = Cluster(max_rejected_by_reason={"truncated_imag": 0.1})
+        with pytest.raises(ConfigError, match="reason 'truncated_imag': .* did you mean 'truncated_image'"):
+            execute_job(make_run(root, tasks("a"), cluster=cluster))
+        assert not root.exists()
+
+    def test_a_run_that_is_overtaken_stops_before_its_next_commit(self, root, tmp_path, monkeypatch):
+        monkeypatch.setattr("pixart_data.leases.RENEW_S", 0.1)
+        (tmp_path / "taken").write_text("b")
+        finished = []
+        with pytest.raises(JobError, match="this run stops, another run has taken over; run the same command again"):
+            execute_job(make_run(root, tasks("a", "b", "c")), finished.extend)
+        assert list(read_records(root)) == ["a"]
+        assert not finished
+        assert json.loads((root / "status.json").read_text())["state"] == "failed"
+        assert [path.name for path in root.glob(".lease/*2.json")] == ["000002.json"]  # it is not ours to let go of
 
     def test_what_is_not_judged_may_reject_everything(self, root):
         assert execute_job(make_run(root, [Task("a", 100, 100)], judged=False)).rows_out == 0
