@@ -69,6 +69,11 @@ def share(cluster: Cluster, num_units: int, per_cpu: bool = False) -> Share:
     num_workers = max(1, min(cluster.num_workers or default, num_units))
     cpus = cluster.cpus_per_worker or _equal_share(nodes, num_workers, gpus, per_cpu)
     if not any(node.num_cpus >= cpus and node.num_gpus >= gpus for node in nodes):
+        if not any(node.num_cpus for node in nodes):
+            raise JobError(
+                "cluster: expected a node with CPUs, found none that has joined; wait until they have, or submit with "
+                "--nodes N, which waits for them"
+            )
         largest = max(nodes, key=lambda node: (node.num_gpus, node.num_cpus))
         raise JobError(
             f"cluster: a worker asks for {cpus:g} CPUs and {gpus:g} GPUs, the largest node has {largest.num_cpus:g} "

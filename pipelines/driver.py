@@ -14,7 +14,7 @@ from ray.exceptions import RayError
 from pipelines.cluster import connect, share
 from pipelines.config import Cluster
 from pipelines.ending import exit_in_time
-from pipelines.pool import Pool
+from pipelines.pool import Pool, Stopped
 from pipelines.progress import Progress, RunFacts, Timing
 from pipelines.worker import Retry, Stage, Work
 from pixart_data import events
@@ -186,7 +186,7 @@ def execute(
         try:
             account = _execute(run, plan, lease, progress, finish)
         except BaseException as error:
-            stopped = isinstance(error, KeyboardInterrupt) or "SIGTERM" in str(error)
+            stopped = isinstance(error, KeyboardInterrupt | Stopped)
             progress.close("stopped" if stopped else "failed", str(error))
             raise
         progress.close("done")
@@ -245,7 +245,10 @@ def _work(run: Run, plan: Plan, lease: Lease, progress: Progress) -> dict[str, s
     cluster = run.cluster if run.needs_gpu else run.cluster.model_copy(update={"gpus_per_worker": 0.0})
 
     def room() -> int:
-        return share(cluster, len(plan.todo), run.per_cpu).num_workers
+        try:
+            return share(cluster, len(plan.todo), run.per_cpu).num_workers
+        except JobError:  # no node for the moment: they come back, or others do
+            return 0
 
     pool = Pool(
         run.build,

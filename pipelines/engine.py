@@ -7,7 +7,8 @@ from typing import Any, Generic, TypeVar
 
 M = TypeVar("M", bound=Callable[[dict[str, Any]], dict[str, Any]])
 
-_thread = threading.local()
+_counter = threading.Lock()
+_busy: list[float] = [0.0]
 
 
 class Engine(Generic[M]):
@@ -30,9 +31,11 @@ class Engine(Generic[M]):
             try:
                 return self.model(batch)
             finally:
-                _thread.busy_s = busy_s() + time.monotonic() - started_s
+                with _counter:
+                    _busy[0] += time.monotonic() - started_s
 
 
 def busy_s() -> float:
-    """Return the seconds that this thread has spent inside of models."""
-    return float(getattr(_thread, "busy_s", 0.0))
+    """Return the seconds that this process has spent inside of models, for whichever unit."""
+    with _counter:
+        return _busy[0]

@@ -11,6 +11,7 @@ full storage) ends the job.
 import contextlib
 import logging
 import signal
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +26,7 @@ from pipelines.cluster import Share
 from pipelines.worker import Done, Report, Stage, Work, Worker
 from pixart_data.errors import ConfigError, JobError, PixArtError, TransientError
 
-__all__ = ["Pool", "Report", "Stage", "Watch", "Work"]
+__all__ = ["Pool", "Report", "Stage", "Stopped", "Watch", "Work"]
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,10 @@ _GROW_EVERY_S = 30.0
 _GRACE_S = 20.0  # from SIGTERM on, for units in flight; Slurm, Kubernetes and Ray give 30 s before they kill
 _LONGEST_PAUSE_S = 60.0
 _MAX_PAUSES = 10  # with what `retries` waits, a quarter of an hour of storage that is away
+
+
+class Stopped(JobError):
+    """The process was asked to stop, and did."""
 
 
 class Watch(Protocol):
@@ -64,6 +69,7 @@ class _Hand:
     rows: dict[str, tuple[int, int]] = field(default_factory=dict)
     changed_s: dict[str, float] = field(default_factory=dict)
     events: Counter[str] = field(default_factory=Counter)
+    beats: int = 0
 
 
 @dataclass
@@ -93,12 +99,14 @@ class Pool:
     _loading: dict[Any, tuple[_Hand, float]] = field(default_factory=dict)
     _hands: list[_Hand] = field(default_factory=list)
     _asked: dict[Any, _Hand] = field(default_factory=dict)
+    _respawn_s: list[float] = field(default_factory=list)
     _grown_s: float = 0.0
     _num_loaded: int = 0
     _num_done: int = 0
     _num_failures: int = 0
     _failed_starts: int = 0
     _stopped_s: list[float] = field(default_factory=list)
+    _wake: threading.Event = field(default_factory=threading.Event)
 
     def work(self, units: Sequence[Work]) -> Iterator[tuple[Done, int]]:
         """Yield every unit that gets done, as it gets done, with the number of its attempt.
@@ -120,7 +128,7 @@ class Pool:
                 self._end_hung()
                 self._grow()
             if self._stopped_s:
-                raise JobError("stopped by SIGTERM; run the same command again to go on where it was")
+                raise Stopped("stopped by SIGTERM; run the same command again to go on where it was")
         finally:
             signal.signal(signal.SIGTERM, previous)
             starting = [*self._pinged.values(), *(hand for hand, _ in self._loading.values())]
@@ -136,6 +144,7 @@ class Pool:
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self._stopped_s.append(time.monotonic())
+        self._wake.set()
 
     # Workers
 
@@ -146,10 +155,15 @@ class Pool:
         self._pinged[actor.ping.remote()] = _Hand(actor)
 
     def _grow(self) -> None:
+        now_s = time.monotonic()
+        due = [at_s for at_s in self._respawn_s if at_s <= now_s]
+        self._respawn_s = [at_s for at_s in self._respawn_s if at_s > now_s]
+        for _ in due:
+            self._spawn()
         if self.grow is None or time.monotonic() - self._grown_s < _GROW_EVERY_S:
             return
         self._grown_s = time.monotonic()
-        present = len(self._hands) + len(self._pinged) + len(self._loading)
+        present = len(self._hands) + len(self._pinged) + len(self._loading) + len(self._respawn_s)
         for _ in range(min(self.grow() - present, len(self._todo))):
             self._spawn()
 
@@ -162,7 +176,7 @@ class Pool:
             if isinstance(cause, PixArtError) and not isinstance(cause, TransientError) and not self._num_loaded:
                 ray.kill(hand.actor)
                 raise type(cause)(str(cause)) from error
-            self._not_started(hand, _last_line(error))
+            self._not_started(hand, _last_line(error), is_dead=not isinstance(error, RayTaskError))
         else:
             if not loaded:
                 self._loading[hand.actor.load.remote()] = (hand, time.monotonic())
@@ -171,17 +185,22 @@ class Pool:
             self._num_loaded += 1
             self._hands.append(hand)
 
-    def _not_started(self, hand: _Hand, reason: str) -> None:
+    def _not_started(self, hand: _Hand, reason: str, is_dead: bool) -> None:
+        """Put another worker in the place of one that did not come up; several of one node die at once, with it."""
         ray.kill(hand.actor)
-        self._failed_starts += 1
         self.watch.note("worker_died")
         log.warning("a worker failed to load its model: %s", reason)
-        if self._failed_starts >= _MAX_FAILED_STARTS:
+        self._failed_starts += 1
+        most = _MAX_FAILED_STARTS * (self.share.num_workers if is_dead else 1)
+        if self._failed_starts >= most and not self._hands:
             raise JobError(
                 f"workers keep failing while they load the model ({reason}); if memory is short, give "
                 "cluster.num_workers a smaller number, or take a smaller model"
             )
-        self._spawn()
+        if self._failed_starts > most:  # others work, and this place in the cluster is no good
+            self._respawn_s.append(time.monotonic() + _GROW_EVERY_S)
+        else:
+            self._spawn()
 
     def _replace(self, hand: _Hand) -> None:
         """Put another worker in the place of one that is dead or hangs."""
@@ -223,7 +242,8 @@ class Pool:
     def _collect(self) -> Iterator[tuple[Done, int]]:
         running = {reference: hand for hand in self._hands for reference in hand.running}
         waited = [*self._pinged, *self._loading, *running]
-        if not waited:
+        if not waited:  # all units are paused
+            self._wake.wait(_POLL_S)
             return
         ray.wait(waited, num_returns=1, timeout=_POLL_S)
         ready, _ = ray.wait(waited, num_returns=len(waited), timeout=0)
@@ -316,8 +336,9 @@ class Pool:
         now_s = time.monotonic()
         units = {unit.id for unit in hand.running.values()}
         for unit in units:
-            if pulse.rows.get(unit) != hand.rows.get(unit):
+            if pulse.rows.get(unit) != hand.rows.get(unit) or pulse.beats != hand.beats:
                 hand.changed_s[unit] = now_s
+        hand.beats = pulse.beats
         hand.rows = {unit: counts for unit, counts in pulse.rows.items() if unit in units}
         for kind, count in (Counter(pulse.events) - hand.events).items():
             self.watch.note(kind, count)
@@ -335,7 +356,7 @@ class Pool:
             if now_s - since_s > self.stall_s:
                 del self._loading[reference]
                 self.watch.note("worker_hung")
-                self._not_started(hand, f"not done after {self.stall_s:g} s (cluster.stall_s)")
+                self._not_started(hand, f"not done after {self.stall_s:g} s (cluster.stall_s)", is_dead=True)
 
 
 def _last_line(error: BaseException) -> str:

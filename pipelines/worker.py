@@ -66,7 +66,12 @@ class Retry:
 
 @dataclass(frozen=True)
 class Done:
-    """A unit that a worker has done: the record to be written, and what it took."""
+    """A unit that a worker has done: the record to be written, and what it took.
+
+    Attributes:
+        seconds: From its start to its end, other units of the worker working beside it.
+        busy_s: How long the worker's model was at work meanwhile, for this unit or for another one.
+    """
 
     record: Record
     worker: str
@@ -77,10 +82,11 @@ class Done:
 
 @dataclass(frozen=True)
 class Pulse:
-    """A sign of life: rows and rejected rows of each unit in flight, and the events of the process so far."""
+    """A sign of life: rows and rejected rows of each unit in flight, and events and beats of the process so far."""
 
     rows: dict[str, tuple[int, int]]
     events: dict[str, int]
+    beats: int
 
 
 class Worker:
@@ -117,7 +123,7 @@ class Worker:
 
     def pulse(self) -> Pulse:
         """Return a sign of life."""
-        return Pulse(dict(self._rows), events.counts())
+        return Pulse(dict(self._rows), events.counts(), events.beats())
 
 
 def _do(stage: Any, unit: Work, report: Report) -> Record:

@@ -17,7 +17,7 @@ LIMIT_S = 240
 
 def run_chaos(*words):
     """Run it in a process of its own, which adopts and ends all that it starts; also when it takes too long."""
-    command = [sys.executable, "-m", "tests.chaos", "--units", "12", "--rows-per-unit", "3", "--nodes", "2", *words]
+    command = [sys.executable, "-m", "tests.chaos", "--units", "24", "--rows-per-unit", "3", "--nodes", "2", *words]
     process = subprocess.Popen(
         [*command, "--limit-s", str(LIMIT_S)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

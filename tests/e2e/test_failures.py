@@ -1,5 +1,6 @@
 """Failures that no other test provokes: what docs/failures.md promises of them, by the command or a real driver."""
 
+import asyncio
 import io
 import json
 import os
@@ -25,7 +26,7 @@ from pipelines.features import ImageStage
 from pixart_data.commits import read_records
 from pixart_data.storage import list_files, location
 from tests.faults import FaultyProxy
-from tests.raylets import Cluster, adopt, below, bury, send
+from tests.raylets import Cluster, below, send
 from tests.web import Web, http, picture
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import the tests
@@ -84,8 +85,6 @@ def held(request, tmp_path, job_file):
 
     def page(number):
         async def answer(http_request, writer):
-            import asyncio
-
             while not go.is_set():
                 await asyncio.sleep(0.02)
             writer.write(http(200, picture(seed=number)))
@@ -271,8 +270,6 @@ def test_a_worker_that_takes_all_memory_is_killed_and_its_unit_tried_again(tmp_p
 @pytest.fixture
 def clusters(tmp_path):
     """Two heads, each in a folder of its own."""
-    adopt()
-    known = {child.pid for child in psutil.Process().children()}
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     made = []
     try:
@@ -288,7 +285,6 @@ def clusters(tmp_path):
                 send([*below(node.process), node.process], signal.SIGKILL)
                 node.process.wait()
             cluster.close()
-        bury(known)
 
 
 def test_sigterm_ends_a_driver_in_time_whatever_it_waits_for(clusters, tmp_path):
@@ -506,7 +502,7 @@ class TestHere:
             "output": str(tmp_path / "out"),
             "source": {"paths": [str(mount)], "rows_per_unit": 5},
             "image": {"model": miniatures["vae"]},
-            "cluster": {"max_rejected_by_reason": {"missing_file": 0.0}},
+            "cluster": {"max_rejected": 1.0, "max_rejected_by_reason": {"missing_file": 0.0}},
         }
         path, commits = job_file("extract", job), tmp_path / "out/256px/commits"
 

@@ -94,6 +94,13 @@ class FakeStage:
         report(1, 0)
         time.sleep(300)
 
+    def copies(self, unit, report):
+        from pixart_data import events
+
+        for _ in range(16):
+            time.sleep(0.5)
+            events.beat()
+
     def freeze(self, unit, report):
         """Stop the whole process, as a driver that does not come back does."""
         os.kill(os.getpid(), signal.SIGSTOP)
@@ -229,6 +236,31 @@ def test_workers_that_die_while_they_load_end_the_job(tasks):
         records_of(make_pool(no_memory, ONE, 3), tasks("", ""))
 
 
+class LostAtFirst:
+    """A stage whose first workers die while they load, as those of a node that is taken back do."""
+
+    def __init__(self, folder, times):
+        import fcntl
+
+        with (Path(folder) / "starts").open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.write("x")
+            file.flush()
+            number = (Path(folder) / "starts").stat().st_size
+        if number <= times:
+            os._exit(9)
+
+    def __call__(self, unit, report):
+        return FakeStage()(unit, report)
+
+
+def test_workers_that_are_lost_together_while_they_load_do_not_end_the_job(tmp_path):
+    pool = make_pool(partial(LostAtFirst, str(tmp_path), 4), Share(3, 0.1, 0.0), 3)
+    (tmp_path / "units").mkdir()
+    units = [Task(f"u{i}", str(tmp_path / "units")) for i in range(4)]
+    assert len(records_of(pool, units)) == 4
+
+
 def test_a_job_in_which_nothing_succeeds_is_not_tried_to_its_end(tmp_path, tasks):
     with pytest.raises(JobError, match="the first 10 attempts all failed, .* is broken; mend the cause"):
         records_of(make_pool(FakeStage, ONE, 3), tasks(*["fail"] * 50))
@@ -272,12 +304,14 @@ def test_a_unit_that_always_hangs_is_set_aside(tmp_path, tasks):
 
 
 def test_storage_that_fails_for_a_while_is_tried_again_after_a_pause(tmp_path):
-    watch = Silent()
+    calls = []
+    watch = Silent(lambda rows, rejected: calls.append(1))
     pool = make_pool(FakeStage, ONE, 3, watch)
     started_s = time.monotonic()
     units = [Task("u0", str(tmp_path), "passes", 1), Task("u1", str(tmp_path))]
     assert [record.unit for record in records_of(pool, units)] == ["u1", "u0"]
     assert time.monotonic() - started_s > 2
+    assert len(calls) < 60  # while everything is paused, the driver sleeps
     assert attempts(tmp_path, "u0") == 2
 
 
@@ -311,6 +345,34 @@ def test_two_units_share_a_worker(tmp_path, tasks):
     assert len(records_of(pool, tasks("slow", "slow", "slow", "slow"))) == 4
     assert time.monotonic() - began_s < 15
     assert len({pid for i in range(4) for pid in (tmp_path / f"u{i}").read_text().split()}) == 1
+
+
+class Busy:
+    """A stage whose units take turns at one model that never waits."""
+
+    def __init__(self):
+        from pipelines.engine import Engine
+
+        self.engine = Engine(lambda batch: time.sleep(0.2) or batch)
+
+    def __call__(self, unit, report):
+        for _ in range(5):
+            self.engine({})
+        return Record(unit.id, "", {}, 0, 0, {}, [])
+
+
+def test_the_model_is_busy_for_all_units_of_its_worker(tasks):
+    """Two units share a model that always works: each is told so, and not that it waited half of its time."""
+    pool = make_pool(Busy, ONE, 2, units_per_worker=2)
+    done = [done for done, _ in pool.work(tasks("", "", "", ""))]
+    assert all(0.6 < one.busy_s / one.seconds <= 1.05 for one in done)
+
+
+def test_a_long_copy_is_no_hang(tmp_path):
+    watch = Silent()
+    pool = make_pool(FakeStage, ONE, 1, watch, stall_s=4.0)
+    assert len(records_of(pool, [Task("u0", str(tmp_path), "copies")])) == 1
+    assert not watch.notes
 
 
 def test_the_pool_grows_with_the_cluster(tmp_path, tasks, monkeypatch):
