@@ -22,7 +22,7 @@ _TRANSIENT = {
     getattr(errno, name)
     for name in (
         *("EIO", "ESTALE", "EAGAIN", "EBUSY", "ETIMEDOUT", "EREMOTEIO", "ENETDOWN", "ENETUNREACH", "EHOSTDOWN"),
-        *("EHOSTUNREACH", "ECONNRESET", "ECONNREFUSED", "ECONNABORTED", "EPIPE", "ENOLINK"),
+        *("EHOSTUNREACH", "ECONNRESET", "ECONNREFUSED", "ECONNABORTED", "ENOTCONN", "EPIPE", "ENOLINK"),
     )
     if hasattr(errno, name)
 }
