@@ -198,7 +198,7 @@ def _pace(status: Status, now_unix_s: float, alive: bool) -> Iterator[tuple[str,
     cost, in_all = status.cost(), status.cost_in_all()
     if cost is not None:
         expected = "" if in_all is None or not status.num_left else f", about ${in_all:,.2f} in all"
-        hours = f"{total.worker_s / 3600:,.1f} worker-hours at ${status.price_per_hour:,.2f}"
+        hours = f"{total.worker_s / 3600:,.2f} worker-hours at ${status.price_per_hour:,.2f}"
         yield "cost", f"${cost:,.2f} so far{expected} ({hours})"
 
 

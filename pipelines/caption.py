@@ -13,7 +13,7 @@ import pyarrow as pa
 from pipelines.config import Caption
 from pipelines.driver import Account, Plan, Run, execute, make_plan
 from pipelines.engine import Engine
-from pipelines.pictures import Picture, ahead, read_pictures
+from pipelines.pictures import Picture, read_pictures
 from pipelines.worker import Report
 from pixart_data.captions import seal_captions
 from pixart_data.commits import Record, publish_table, read_table
@@ -23,6 +23,7 @@ from pixart_data.records import SCHEMA_VERSION, Reason, captions_schema
 from pixart_data.sections import Captioner
 from pixart_data.sources import Unit, count_rows, find_units
 from pixart_data.storage import location
+from pixart_data.threads import ahead
 
 if TYPE_CHECKING:
     from pixart_data.images import Decoded
@@ -194,8 +195,12 @@ def prepare(job: Caption) -> Run:
 
 
 def _decided(captioner: Captioner) -> dict[str, Any]:
-    """Return what of the section decides the captions: not where the model runs, nor how many it describes at once."""
-    decided = captioner.model_dump(exclude=_UNDECIDING)
+    """Return what of the section decides the captions: not where the model runs.
+
+    How many it describes at once does where it draws, since a batch draws as one.
+    """
+    draws = captioner.temperature > 0 and captioner.server is None
+    decided = captioner.model_dump(exclude=_UNDECIDING - {"batch_size"} if draws else _UNDECIDING)
     if not captioner.prompts:  # as it was before there were any
         del decided["prompts"]
     if captioner.server is not None:

@@ -13,8 +13,8 @@ from ray.exceptions import RayError
 
 from pipelines.cluster import connect, share
 from pipelines.config import Cluster
-from pipelines.ending import exit_in_time
-from pipelines.pool import Pool, Stopped
+from pipelines.ending import Stopped, exit_in_time, stop_on_sigterm
+from pipelines.pool import Pool
 from pipelines.progress import Progress, RunFacts, Timing
 from pipelines.worker import Retry, Stage, Work
 from pixart_data import events
@@ -242,6 +242,7 @@ def _work(run: Run, plan: Plan, lease: Lease, progress: Progress) -> dict[str, s
     again = {unit.id: unit.num_rows for unit, _ in plan.todo if isinstance(unit, Retry)}
     new = {unit.id for unit, _ in plan.todo} - plan.records.keys()
     connect(run.cluster)
+    stop_on_sigterm()
     cluster = run.cluster if run.needs_gpu else run.cluster.model_copy(update={"gpus_per_worker": 0.0})
 
     def room() -> int:

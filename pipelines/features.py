@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from pixart_data.records import IMAGE_INDEX, TEXT_INDEX, Reason
 from pixart_data.sections import ImageFeatures, Source, TextFeatures
 from pixart_data.shards import INDEX_PARTS, ShardWriter
 from pixart_data.sources import Unit, read_samples
-from pixart_data.storage import staging_path
+from pixart_data.storage import discard, staging_path
 
 if TYPE_CHECKING:
     from pixart_data.images import Decoded
@@ -32,19 +33,35 @@ _TEXT_ROWS_PER_READ = 1024
 
 
 class FeatureWriter:
-    """The open shards of one unit, one for each folder, and the rows of its index part."""
+    """The open shards of one unit, one for each folder, and the rows of its index part.
+
+    To be used in a `with`: shards that were not published do not outlast it.
+    """
 
     def __init__(self, root: Path, unit: str, tensor: str, dtype: str) -> None:
         self.root, self.unit, self.tensor, self.dtype = root, unit, tensor, dtype
         self.rows: list[dict[str, Any]] = []
         self._writers: dict[str, ShardWriter] = {}
 
+    def __enter__(self) -> "FeatureWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for writer in self._writers.values():
+            writer.discard()
+
     def add(self, folder: str, values: Any, row: dict[str, Any]) -> None:
         """Write a tensor to the unit's shard in `folder` and its row to the index; row["shard"] is set at the end."""
         writer = self._writers.get(folder)
         if writer is None:
             staged = staging_path(self.root / folder, f"{self.unit}.tar")
-            writer = self._writers[folder] = ShardWriter(staged, self.tensor, self.dtype)
+            try:
+                writer = self._writers[folder] = ShardWriter(staged, self.tensor, self.dtype)
+            except BaseException:
+                discard(staged)
+                raise
         self.rows.append({**row, "shard": folder, **asdict(writer.add(row["key"], values))})
 
     def reject(self, key: str, error: Reason, detail: str) -> None:
@@ -127,16 +144,20 @@ class ImageStage:
 
     def __call__(self, unit: Unit, report: Report) -> Record:
         """Write the unit's shards and index part and return its record."""
-        writer = self._write(unit, report)
-        return writer.record(writer.finish(IMAGE_INDEX), self.encoder.model.facts)
+        with self._writer(unit) as writer:
+            self._write(writer, unit, report)
+            return writer.record(writer.finish(IMAGE_INDEX), self.encoder.model.facts)
 
     def retry(self, unit: Unit, reasons: Sequence[str], record: Record, report: Report) -> Record:
         """Encode the images again that were rejected for one of `reasons`, into shards beside the unit's others."""
-        writer = self._write(unit, report, rejected_keys(read_part(self.root, record), reasons))
-        return writer.record(writer.finish(IMAGE_INDEX, record), self.encoder.model.facts)
+        with self._writer(unit) as writer:
+            self._write(writer, unit, report, rejected_keys(read_part(self.root, record), reasons))
+            return writer.record(writer.finish(IMAGE_INDEX, record), self.encoder.model.facts)
 
-    def _write(self, unit: Unit, report: Report, keys: Set[str] | None = None) -> FeatureWriter:
-        writer = FeatureWriter(self.root, unit.id, "moments", "F16")
+    def _writer(self, unit: Unit) -> FeatureWriter:
+        return FeatureWriter(self.root, unit.id, "moments", "F16")
+
+    def _write(self, writer: FeatureWriter, unit: Unit, report: Report, keys: Set[str] | None = None) -> None:
         canvases: dict[str, _Canvas] = {}
         num_rejected = 0
         batch_size, buckets = self.config.batch_size, self.buckets
@@ -155,7 +176,6 @@ class ImageStage:
             report(count, num_rejected)
         for canvas in canvases.values():
             self._encode(canvas, writer)
-        return writer
 
     def _place(self, decoded: "Decoded") -> tuple[Bucket, npt.NDArray[np.uint8], dict[str, Any]]:
         """Fit a picture to its bucket; returns the bucket, the pixels (H, W, 3), and what the index says of it."""
@@ -205,18 +225,24 @@ class TextStage:
 
     def __call__(self, unit: Unit | CaptionFile | NullCaption, report: Report) -> Record:
         """Write the unit's shard and index part and return its record."""
-        if isinstance(unit, NullCaption):
-            return self._null(FeatureWriter(self.root, unit.id, "t5", "BF16"))
-        writer = self._write(unit, report)
-        return writer.record(writer.finish(TEXT_INDEX), self.encoder.model.facts)
+        with self._writer(unit) as writer:
+            if isinstance(unit, NullCaption):
+                return self._null(writer)
+            self._write(writer, unit, report)
+            return writer.record(writer.finish(TEXT_INDEX), self.encoder.model.facts)
 
     def retry(self, unit: Unit | CaptionFile, reasons: Sequence[str], record: Record, report: Report) -> Record:
         """Encode the captions again that were rejected for one of `reasons`, into a shard beside the unit's other."""
-        writer = self._write(unit, report, rejected_keys(read_part(self.root, record), reasons))
-        return writer.record(writer.finish(TEXT_INDEX, record), self.encoder.model.facts)
+        with self._writer(unit) as writer:
+            self._write(writer, unit, report, rejected_keys(read_part(self.root, record), reasons))
+            return writer.record(writer.finish(TEXT_INDEX, record), self.encoder.model.facts)
 
-    def _write(self, unit: Unit | CaptionFile, report: Report, keys: Set[str] | None = None) -> FeatureWriter:
-        writer = FeatureWriter(self.root, unit.id, "t5", "BF16")
+    def _writer(self, unit: Unit | CaptionFile | NullCaption) -> FeatureWriter:
+        return FeatureWriter(self.root, unit.id, "t5", "BF16")
+
+    def _write(
+        self, writer: FeatureWriter, unit: Unit | CaptionFile, report: Report, keys: Set[str] | None = None
+    ) -> None:
         held: list[CaptionRow] = []
         num_rejected = 0
         rows = (row for row in self._captions(unit) if keys is None or row.key in keys)
@@ -230,7 +256,6 @@ class TextStage:
                 self._encode(held, writer)
             report(count, num_rejected)
         self._encode(held, writer)
-        return writer
 
     def _captions(self, unit: Unit | CaptionFile) -> Iterator[CaptionRow]:
         if isinstance(unit, CaptionFile):

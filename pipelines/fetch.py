@@ -16,12 +16,12 @@ from pipelines.config import Fetch
 from pipelines.driver import Account, Plan, Run, execute, make_plan
 from pipelines.worker import Report
 from pixart_data.archives import IMAGES, ROWS, Row, is_rows, publish_rows, publish_shard, read_status, seal_images
-from pixart_data.commits import Record
+from pixart_data.commits import Record, read_records
 from pixart_data.errors import TransientError
 from pixart_data.records import SCHEMA_VERSION, Reason
 from pixart_data.retries import storage
 from pixart_data.storage import location
-from pixart_data.urls import UrlUnit, count_urls, find_urls, read_urls
+from pixart_data.urls import UrlUnit, count_urls, find_urls, read_urls, require_order
 
 if TYPE_CHECKING:
     from pixart_data.downloads import Download
@@ -79,6 +79,7 @@ class FetchStage:
         fresh = [_row(row["key"], row["url"], row["caption"]) for row in again]
         with _spool() as spool:
             fetched = self._fetch(unit.id, fresh, spool, report)
+            _require_network(unit.id, fetched, again)
             won, files = publish_shard(self.root, unit.id, [r for r in fetched if r["error"] is None], spool.read)
         news = {row["key"]: row for row in [*fetched, *won]}
         after = [news.get(row["key"], row) for row in before]
@@ -165,10 +166,14 @@ def _rejected(rows: Sequence[Row]) -> dict[str, int]:
     return dict(sorted(Counter(row["error"] for row in rows if row["error"] is not None).items()))
 
 
-def _require_network(unit: str, rows: Sequence[Row]) -> None:
-    """A machine that has lost its network must not turn ten thousand good URLs into rejected rows."""
+def _require_network(unit: str, rows: Sequence[Row], before: Sequence[Row] = ()) -> None:
+    """A machine that has lost its network must not turn ten thousand good URLs into rejected rows.
+
+    Rows that end as they did `before` prove nothing, and lose nothing: a host may be gone for good.
+    """
+    errors = {row["key"]: row["error"] for row in before}
     asked = [row for row in rows if row["error"] not in (Reason.BAD_ROW, Reason.BAD_URL, Reason.PRIVATE_ADDRESS)]
-    hosts = {urlsplit(row["url"]).netloc for row in asked}
+    hosts = {urlsplit(row["url"]).netloc for row in asked if row["error"] != errors.get(row["key"])}
     if len(hosts) >= _JUDGED_FROM_HOSTS and all(row["error"] in _NO_ANSWER for row in asked):
         raise TransientError(
             f"{unit}: expected answers from some of {len(hosts)} hosts, found none ({asked[0]['detail']}); check this "
@@ -177,8 +182,14 @@ def _require_network(unit: str, rows: Sequence[Row]) -> None:
 
 
 def prepare(job: Fetch) -> Run:
-    """Find the units of a job and what decides their results; how long and how often is asked does not."""
+    """Find the units of a job and what decides their results; how long and how often is asked does not.
+
+    Raises:
+        ConfigError: If the lists cannot be used, or are numbered otherwise than in what is committed.
+    """
     root = location(job.output)
+    units = find_urls(job.urls)
+    require_order(units, read_records(root))
     decided: dict[str, Any] = {
         "schema": SCHEMA_VERSION,
         "downloads": job.downloads.model_dump(include=_DECIDES),
@@ -187,7 +198,7 @@ def prepare(job: Fetch) -> Run:
     return Run(
         stage=STAGE,
         root=root,
-        units=find_urls(job.urls),
+        units=units,
         settings=lambda unit: {**decided, "shard": unit.fingerprint},
         build=partial(FetchStage, job),
         cluster=job.cluster,

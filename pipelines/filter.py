@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from pipelines.config import Filter
 from pipelines.driver import Account, Plan, Run, execute, make_plan
-from pipelines.pictures import Picture, ahead, read_pictures
+from pipelines.pictures import Picture, read_pictures
 from pipelines.worker import Report
 from pixart_data.commits import PublishedFile, Record, publish, publish_table, read_table
 from pixart_data.duplicates import Indices, exact_duplicates, index_type, near_duplicates
@@ -47,6 +47,7 @@ from pixart_data.sections import Filters
 from pixart_data.selection import Part, Selection, read_selection, seal_selection
 from pixart_data.sources import Unit, count_rows, find_units
 from pixart_data.storage import delete, list_files, location, staging_path
+from pixart_data.threads import ahead
 
 STAGE = "filter"
 PARTS = "measures"

@@ -1,11 +1,9 @@
 """Samples to pictures: decoded in threads while the model works on the ones before, in the order of the source."""
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -13,12 +11,10 @@ from pixart_data.buckets import Bucket
 from pixart_data.records import Reason
 from pixart_data.sections import Source
 from pixart_data.sources import Sample, Unit, read_samples
+from pixart_data.threads import ahead
 
 if TYPE_CHECKING:
     from pixart_data.images import Decoded
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 @dataclass
@@ -53,22 +49,6 @@ def read_pictures(
     samples = (sample for sample in read_samples(unit, source) if keys is None or sample.key in keys)
     sizes = {"max_pixels": source.max_image_pixels, "min_side_px": min_side_px, "buckets": buckets}
     return ahead(partial(_decode, sizes=sizes, then=then), samples, _num_threads(), 2 * batch_size)
-
-
-def ahead(function: Callable[[T], R], items: Iterable[T], num_threads: int, depth: int) -> Iterator[R]:
-    """Yield `function(item)` in the order of `items`, at most `depth` results ahead of the consumer."""
-    with ThreadPoolExecutor(num_threads) as executor:
-        pending: deque[Future[R]] = deque()
-        try:
-            for item in items:
-                pending.append(executor.submit(function, item))
-                if len(pending) >= depth:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
 
 
 def _num_threads() -> int:

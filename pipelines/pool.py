@@ -23,10 +23,11 @@ import ray
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
 from pipelines.cluster import Share
+from pipelines.ending import stopped
 from pipelines.worker import Done, Report, Stage, Work, Worker
 from pixart_data.errors import ConfigError, JobError, PixArtError, TransientError
 
-__all__ = ["Pool", "Report", "Stage", "Stopped", "Watch", "Work"]
+__all__ = ["Pool", "Report", "Stage", "Watch", "Work"]
 
 log = logging.getLogger(__name__)
 
@@ -37,10 +38,6 @@ _GROW_EVERY_S = 30.0
 _GRACE_S = 20.0  # from SIGTERM on, for units in flight; Slurm, Kubernetes and Ray give 30 s before they kill
 _LONGEST_PAUSE_S = 60.0
 _MAX_PAUSES = 10  # with what `retries` waits, a quarter of an hour of storage that is away
-
-
-class Stopped(JobError):
-    """The process was asked to stop, and did."""
 
 
 class Watch(Protocol):
@@ -128,7 +125,7 @@ class Pool:
                 self._end_hung()
                 self._grow()
             if self._stopped_s:
-                raise Stopped("stopped by SIGTERM; run the same command again to go on where it was")
+                raise stopped()
         finally:
             signal.signal(signal.SIGTERM, previous)
             starting = [*self._pinged.values(), *(hand for hand, _ in self._loading.values())]

@@ -22,6 +22,7 @@ from pipelines.metrics import Metrics, object_store_bytes
 from pixart_data.commits import COMMITS, Record
 from pixart_data.errors import JobError, PixArtError
 from pixart_data.logs import is_json
+from pixart_data.processes import process_name
 from pixart_data.runs import (
     STATUS_FILE,
     SUMMARY_FILE,
@@ -288,6 +289,7 @@ def _begin(run: RunFacts, found: Status | None, has_work: bool) -> Status:
     status = Status(
         stage=run.stage,
         driver=f"{socket.gethostname()} (pid {os.getpid()})",
+        process=process_name(),
         num_runs=int(has_work),
         first_started_unix_s=now_unix_s,
         started_unix_s=now_unix_s,
@@ -300,7 +302,7 @@ def _begin(run: RunFacts, found: Status | None, has_work: bool) -> Status:
     if found is not None:
         kept = {"first_started_unix_s", "slowest", "events", "peaks", "timeline", "timeline_every_s"}
         if not has_work:
-            kept |= {"driver", "num_runs", "started_unix_s", "updated_unix_s", "this_run", "before"}
+            kept |= {"driver", "process", "num_runs", "started_unix_s", "updated_unix_s", "this_run", "before"}
         status = status.model_copy(update={name: getattr(found, name) for name in kept}, deep=True)
     if found is not None and has_work:
         done = {record.unit for record in run.done}

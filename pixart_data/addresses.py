@@ -20,6 +20,22 @@ MAX_URL_CHARS = 8000
 _PLAIN = re.compile(r"[A-Za-z0-9\-._~:/?\[\]@!$&'()*+,;=%]+")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_REFUSED = [
+    ipaddress.ip_network(text)
+    for text in (
+        "100.64.0.0/10",  # behind a provider's NAT; one cloud's metadata service (100.100.100.200)
+        "168.63.129.16/32",  # the host agent of one cloud, though the address is a public one
+        "192.0.0.0/24",  # protocols; one cloud's metadata service (192.0.0.192)
+        "192.88.99.0/24",  # relays into 6to4
+        "198.18.0.0/15",  # benchmarks
+        "240.0.0.0/4",  # of no use yet, and broadcast
+        "64:ff9b:1::/48",  # a network's own NAT64, to any IPv4 address
+        "3fff::/20",  # documentation
+        "5f00::/16",  # segments of a route
+        "fec0::/10",  # sites
+    )
+]
+"""What `is_global` lets through in some releases of Python, or in all."""
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -80,6 +96,8 @@ def is_public(address: Address) -> bool:
             return is_public(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
         if address.sixtofour is not None or address.teredo is not None:
             return False  # tunnels, given up long ago, to any IPv4 address
+    if any(address in network for network in _REFUSED):
+        return False
     return address.is_global and not (address.is_multicast or address.is_reserved or address.is_unspecified)
 
 

@@ -22,7 +22,7 @@ from pixart_data.commits import COMMITS, MANIFEST, PublishedFile, Record, file_s
 from pixart_data.errors import DataError
 from pixart_data.records import FETCHED
 from pixart_data.retries import storage
-from pixart_data.storage import location, read_bytes, replace_file, staging_path, write_atomic
+from pixart_data.storage import location, read_bytes, replace_file, staging, write_atomic
 
 IMAGES = "images"
 ROWS = "rows"
@@ -65,20 +65,23 @@ def publish_shard(
     if all(row["error"] is not None for row in rows):
         return list(rows), []
     directory = root / IMAGES
-    tar, table = staging_path(directory, f"{unit}.tar"), staging_path(directory, f"{unit}.parquet")
-    with storage(tar):
-        with tarfile.open(tar, "w", format=tarfile.GNU_FORMAT) as archive:
-            for row in rows:
-                if row["error"] is None:
-                    _add(archive, row, read(row))
-        pq.write_table(pa.Table.from_pylist([_sidecar(row) for row in rows], schema=_SIDECAR), table)
-        contents = [file_sha256(tar), file_sha256(table)]
-    stem = f"{unit}-{hashlib.sha256(''.join(contents).encode()).hexdigest()[:8]}"
-    files = []
-    for staged, suffix, sha256 in zip((tar, table), (".tar", ".parquet"), contents, strict=True):
-        size_bytes = staged.stat().st_size
-        replace_file(staged, directory / f"{stem}{suffix}")
-        files.append(PublishedFile(f"{IMAGES}/{stem}{suffix}", size_bytes, sha256))
+    with (
+        staging(directory, f"{unit}.tar") as tar,
+        staging(directory, f"{unit}.parquet") as table,
+    ):
+        with storage(tar):
+            with tarfile.open(tar, "w", format=tarfile.GNU_FORMAT) as archive:
+                for row in rows:
+                    if row["error"] is None:
+                        _add(archive, row, read(row))
+            pq.write_table(pa.Table.from_pylist([_sidecar(row) for row in rows], schema=_SIDECAR), table)
+            contents = [file_sha256(tar), file_sha256(table)]
+        stem = f"{unit}-{hashlib.sha256(''.join(contents).encode()).hexdigest()[:8]}"
+        files = []
+        for staged, suffix, sha256 in zip((tar, table), (".tar", ".parquet"), contents, strict=True):
+            size_bytes = staged.stat().st_size
+            replace_file(staged, directory / f"{stem}{suffix}")
+            files.append(PublishedFile(f"{IMAGES}/{stem}{suffix}", size_bytes, sha256))
     return [{**row, "shard": files[0].path} if row["error"] is None else row for row in rows], files
 
 

@@ -24,12 +24,13 @@ from pixart_data.storage import (
     TEMPORARY,
     abort_uploads,
     delete,
+    discard,
     list_files,
     local_copy,
     read_bytes,
     read_many,
     replace_file,
-    staging_path,
+    staging,
     write_atomic,
     write_new,
 )
@@ -78,21 +79,25 @@ def publish(staged: Path, root: Path, directory: Path, unit: str, suffix: str) -
     """Put a staged file in place as `<unit>-<first 8 hex of its sha256><suffix>` in `directory`, flushed.
 
     Same content, same name: publishing twice is harmless. Returns the file as a record names it, relative to `root`.
+    The staged file is gone then, after a failure, too.
     """
-    with storage(directory):
-        sha256 = file_sha256(staged)
-        size_bytes = staged.stat().st_size
-    path = directory / f"{unit}-{sha256[:8]}{suffix}"
-    replace_file(staged, path)
+    try:
+        with storage(directory):
+            sha256 = file_sha256(staged)
+            size_bytes = staged.stat().st_size
+        path = directory / f"{unit}-{sha256[:8]}{suffix}"
+        replace_file(staged, path)
+    finally:
+        discard(staged)
     return PublishedFile(path.relative_to(root).as_posix(), size_bytes, sha256)
 
 
 def publish_table(table: pa.Table, root: Path, directory: Path, unit: str) -> PublishedFile:
     """Write a table as Parquet and publish it."""
-    staged = staging_path(directory, f"{unit}.parquet")
-    with storage(staged):
-        pq.write_table(table, staged, compression="zstd")
-    return publish(staged, root, directory, unit, ".parquet")
+    with staging(directory, f"{unit}.parquet") as staged:
+        with storage(staged):
+            pq.write_table(table, staged, compression="zstd")
+        return publish(staged, root, directory, unit, ".parquet")
 
 
 def read_table(path: Path, **options: Any) -> pa.Table:
@@ -154,19 +159,21 @@ def sweep(root: Path, directories: Iterable[Path], records: Iterable[Record]) ->
     """Delete what no record names: temporary files, and published files of attempts that never committed.
 
     Only temporary files are deleted in `root` itself and beside the records. In `directories`, which hold nothing but
-    published files, so are files that are named as `publish` names them. Only call this while holding
-    `leases.output_lock(root)`, with all records that are there.
+    published files, so are files that are named as `publish` names them. Uploads that were cut off are aborted in all
+    of these, and nowhere below: another run may write there. Only call this while holding `leases.output_lock(root)`,
+    with all records that are there.
 
     Returns:
-        The number of files deleted.
+        The number of files deleted and of uploads aborted.
     """
     named = {file.path for record in records for file in record.files}
     leftovers = [path for directory in (root, root / COMMITS) for path in list_files(directory) if _is_temporary(path)]
+    directories = list(directories)
     for directory in directories:
         found = list_files(directory)
         leftovers += (p for p in found if _is_temporary(p))
         leftovers += (p for p in found if _PUBLISHED.fullmatch(p.name) and p.relative_to(root).as_posix() not in named)
-    return delete(leftovers) + abort_uploads(root)
+    return delete(leftovers) + abort_uploads(root, [root, root / COMMITS, *directories])
 
 
 def _is_temporary(path: Path) -> bool:

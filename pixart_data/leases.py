@@ -10,6 +10,8 @@ dead (a machine that slept) finds a higher number than its own and stops before 
 import contextlib
 import json
 import logging
+import os
+import socket
 import threading
 import time
 import uuid
@@ -37,6 +39,7 @@ class _Claim:
 
     token: str
     process: str
+    holder: str = ""
     beat: int = 0
     released: bool = False
 
@@ -115,7 +118,7 @@ def _acquire(root: Path) -> Lease:
         if numbers:
             _await_end(root, numbers[-1])
         number = (numbers[-1] if numbers else 0) + 1
-        claim = _Claim(uuid.uuid4().hex, process_name())
+        claim = _Claim(uuid.uuid4().hex, process_name(), f"{socket.gethostname()}, process {os.getpid()}")
         if write_new(_path(root, number), _text(claim)) and _numbers(root)[-1] == number:
             temporary = (path for path in list_files(root / FOLDER) if path.name.startswith(TEMPORARY))
             delete([*(_path(root, old) for old in numbers), *temporary])  # what holders that were killed left
@@ -131,7 +134,7 @@ def _await_end(root: Path, number: int) -> None:
     first = _read(root, number)
     if first is None or first.released or not is_alive(first.process):
         return
-    busy = f"{root}: another run is writing here ({first.process.split('.')[0]}); wait for it, or choose another output"
+    busy = f"{root}: another run is writing here ({first.holder}); wait for it, or choose another output"
     if is_alive(first.process) and first.process.split(".")[0] == process_name().split(".")[0]:
         raise JobError(busy)
     log.info("%s: a run on another machine holds it; waiting up to %.0f s for a sign of life", root, EXPIRE_S)

@@ -5,6 +5,7 @@ took (resumed, killed, resumed), and anybody who sees the storage can read it. C
 is done; this says how it went.
 """
 
+import shlex
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pixart_data.commits import Record
 from pixart_data.errors import DataError
+from pixart_data.processes import is_alive
 from pixart_data.storage import read_bytes
 
 STATUS_FILE = "status.json"
@@ -121,6 +123,7 @@ class Status(_Part):
     state: State = "running"
     error: str = ""
     driver: str = ""
+    process: str = ""
     num_runs: int = 1
     first_started_unix_s: float
     started_unix_s: float
@@ -179,8 +182,8 @@ class Status(_Part):
         return max(now_unix_s - self.updated_unix_s, 0.0)
 
     def is_alive(self, now_unix_s: float) -> bool:
-        """Tell whether a driver seems to be at work."""
-        return self.state == "running" and self.silent_s(now_unix_s) < SILENT_S
+        """Tell whether a driver seems to be at work; one on this machine is known to be, or not to be."""
+        return self.state == "running" and self.silent_s(now_unix_s) < SILENT_S and is_alive(self.process)
 
     def seconds_left(self) -> float | None:
         """Return the time left at the pace that a worker has had in this run, with the workers of now.
@@ -297,7 +300,7 @@ def advice(status: Status, place: str, alive: bool) -> list[str]:
         place: The output directory, as a person would type it.
     """
     command = status.stage.split()[0]
-    again = "the same command again" if "://" in place else f"pixart {command} {place}/job.toml"
+    again = _again(command, place)
     steps = []
     if status.state == "running" and not alive:
         steps.append(f"the driver is gone, or cannot write here; what is committed stays: {again}")
@@ -307,12 +310,25 @@ def advice(status: Status, place: str, alive: bool) -> list[str]:
         steps.append(f"mend what the error says; then, to go on where it was: {again}")
     if status.num_set_aside and not alive:
         steps.append(f"shards set aside: {status.num_set_aside:,}; mend the cause, then: {again}")
+    if command == "filter" and status.state == "done":
+        steps.append(f"these are the rows measured; what the filters kept of them: pixart inspect {shlex.quote(place)}")
     if status.num_rejected and status.state != "running" and command in _RETRIED:
-        steps.append(f"rows rejected: {status.num_rejected:,}; to look at some: pixart inspect {place}")
-        if status.num_done == status.num_units:
-            steps.append(f"if their cause has passed, to try rejected rows again: pixart retry {place}")
+        steps.append(f"rows rejected: {status.num_rejected:,}; to look at some: pixart inspect {shlex.quote(place)}")
+        if status.num_done == status.num_units and status.rejected.keys() - _LASTING:
+            steps.append(f"if their cause has passed, to try rejected rows again: pixart retry {shlex.quote(place)}")
     return steps
 
+
+def _again(command: str, place: str) -> str:
+    job = f"{place}/job.toml"
+    if "://" not in place:
+        return f"pixart {command} {shlex.quote(job)}"
+    if place.startswith("s3://"):  # the command takes a local job file
+        return f"the same command again; its job file: aws s3 cp {shlex.quote(job)} . && pixart {command} job.toml"
+    return f"the same command again; its job file, to be copied here first: {job}"
+
+
+_LASTING = {"no_caption", "empty_caption", "duplicate_key", "bad_row", "bad_url", "not_an_image", "not_a_file"}
 
 EVENTS = {
     "attempt_failed": "failed attempts at a shard",

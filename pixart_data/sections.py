@@ -152,6 +152,18 @@ class Server(Section):
     patience_s: float = Field(default=300.0, ge=0)
     """A server that is away or overloaded is waited for this long before the shard fails, to be tried again later."""
 
+    @field_validator("urls", mode="before")
+    @classmethod
+    def _holds_no_secret(cls, given: Any) -> Any:
+        """Comes first, since later complaints quote what they found."""
+        for url in given if isinstance(given, list) else [given]:
+            if isinstance(url, str) and "@" in url:  # wherever: passwords are not always percent-encoded
+                raise ValueError(
+                    "expected URLs without a user name or password, found one before an @; put the key into an "
+                    "environment variable and name that in api_key_env"
+                )
+        return given
+
     @model_validator(mode="after")
     def _speaks_http(self) -> Self:
         wrong = [url for url in self.urls if not url.startswith(("http://", "https://"))]
@@ -183,7 +195,8 @@ class Captioner(Section):
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     """Share of the probability that sampling draws from."""
     seed: int = 0
-    """Of the sampling, when the temperature is above 0; every unit draws from (seed, unit)."""
+    """Of the sampling, when the temperature is above 0. In this process each batch draws from (seed, unit, key of its
+    first image), so that `batch_size` decides too; servers get a seed for each image, of (seed, unit, key, prompt)."""
     min_side_px: int = Field(default=672, ge=1)
     """Images are shrunk while decoding, by JPEG's own powers of two, as long as both sides stay above this."""
     dtype: Dtype = "auto"

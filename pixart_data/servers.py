@@ -12,7 +12,7 @@ import os
 import re
 import threading
 import zlib
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -130,7 +130,7 @@ class ServedCaptioner:
     async def _describe(self, images: list[str], raw_captions: list[str | None], seeds: list[int]) -> list[Answers]:
         names = list(self.config.questions)
         rows = zip(images, raw_captions, seeds, strict=True)
-        found = await asyncio.gather(*(self._answer(name, *row) for row in rows for name in names))
+        found = await _all(self._answer(name, *row) for row in rows for name in names)
         return [dict(zip(names, found[i : i + len(names)], strict=True)) for i in range(0, len(found), len(names))]
 
     async def _answer(self, name: str, image: str, raw_caption: str | None, seed: int) -> Caption | NoCaption:
@@ -207,7 +207,7 @@ class ServedCaptioner:
     async def _look_at_all(self) -> None:
         """Show every server the canaries; those that are away are looked at when they are back."""
         patience_s = min(self.server.patience_s, _START_PATIENCE_S)
-        found = await asyncio.gather(*(self._look(host, patience_s) for host in self._chats.hosts))
+        found = await _all(self._look(host, patience_s) for host in self._chats.hosts)
         missing = [(host, error) for host, error in zip(self._chats.hosts, found, strict=True) if error is not None]
         if len(missing) == len(found):
             raise JobError(
@@ -254,6 +254,17 @@ class ServedCaptioner:
             self._min_tokens = min(self._min_tokens, num_added)
         self._chats.usable.append(host)
         return None
+
+
+async def _all(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Return what all of them return; where one raises, the others are given up first, lest they go on asking."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(work) for work in works]
+    except ExceptionGroup as errors:
+        first = errors.exceptions[0]
+        raise first from first.__cause__
+    return [task.result() for task in tasks]
 
 
 async def _open(server: sections.Server, key: str | None) -> Chats:

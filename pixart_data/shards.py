@@ -12,6 +12,7 @@ Tensor data starts on a multiple of 64 bytes. Member headers depend on nothing b
 reader can rebuild and check every byte of a shard.
 """
 
+import contextlib
 import json
 import os
 import tarfile
@@ -34,7 +35,7 @@ from pixart_data.commits import MANIFEST, Record, file_sha256, read_table
 from pixart_data.errors import DataError, JobError
 from pixart_data.records import REJECTED
 from pixart_data.retries import storage
-from pixart_data.storage import exists, read_bytes, replace_file, require_local, staging_path, write_atomic
+from pixart_data.storage import discard, exists, read_bytes, replace_file, require_local, staging_path, write_atomic
 
 FORMAT = "pixart-features"
 FORMAT_VERSION = 1
@@ -133,6 +134,12 @@ class ShardWriter:
         """Write the end-of-archive blocks; `commits.publish` flushes the file to the disk."""
         with storage(self.path), self._file:
             self._file.write(bytes(2 * _BLOCK))
+
+    def discard(self) -> None:
+        """Close and delete the file; one that was published is left alone."""
+        with contextlib.suppress(OSError):  # a full disk has been told of
+            self._file.close()
+        discard(self.path)
 
     def __enter__(self) -> "ShardWriter":
         return self

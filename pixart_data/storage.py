@@ -6,6 +6,7 @@ by a rename, an object by the end of its upload: neither is ever seen half writt
 
 import contextlib
 import errno
+import logging
 import os
 import shutil
 import tempfile
@@ -13,11 +14,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from pixart_data.errors import ConfigError, DataError
+from pixart_data.errors import ConfigError, DataError, JobError
 from pixart_data.processes import is_alive, process_name
 from pixart_data.retries import retrying, storage
 
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 TEMPORARY = ".tmp-"
 """Prefix of files that are not finished."""
@@ -89,9 +92,16 @@ def read_many(paths: list[Path]) -> list[bytes]:
 
 
 def list_files(directory: Path) -> list[Path]:
-    """Return the files directly in a folder, in the order of their names; none if there is no such folder."""
+    """Return the files directly in a folder, in the order of their names; none if there is no such folder.
+
+    Raises:
+        JobError: If there is one that cannot be read: taken for empty, all of its work would be done again.
+    """
     if not is_remote(directory):
-        return sorted(path for path in directory.glob("*") if path.is_file())
+        try:
+            return [directory / name for name in retrying(lambda: _local_names(directory), directory, "read")]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
     store: Any = cast(Any, directory).fs
     try:
         entries = retrying(lambda: store.ls(cast(Any, directory).path, detail=True, refresh=True), directory, "read")
@@ -99,6 +109,11 @@ def list_files(directory: Path) -> list[Path]:
         return []
     names = sorted(entry["name"].rsplit("/", 1)[-1] for entry in entries if entry["type"] == "file")
     return [directory / name for name in names if name]
+
+
+def _local_names(directory: Path) -> list[str]:
+    with os.scandir(directory) as entries:  # Path.glob takes a folder that may not be read for an empty one
+        return sorted(entry.name for entry in entries if entry.is_file())
 
 
 def exists(path: Path) -> bool:
@@ -177,16 +192,23 @@ def write_new(path: Path, data: bytes) -> bool:
 
 
 def _link(name: str, path: Path) -> None:
-    """Give a file its final name if nothing has it; NFS keeps this promise, too."""
+    """Give a file its final name if nothing has it; NFS keeps this promise, too.
+
+    Where there are no hard links, the file is copied to its name: one writer wins, but a kill leaves a part of it.
+    """
     try:
         os.link(name, path)
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
             raise
-        with Path(name).open("rb") as source, path.open("xb") as target:  # a file system without hard links
-            shutil.copyfileobj(source, target)
-            target.flush()
-            os.fsync(target.fileno())
+        with Path(name).open("rb") as source, path.open("xb") as target:
+            try:
+                shutil.copyfileobj(source, target)
+                target.flush()
+                os.fsync(target.fileno())
+            except BaseException:
+                path.unlink(missing_ok=True)  # it is ours, and a part would stand in everybody's way
+                raise
 
 
 def _put_if_absent(store: Any, name: str, data: bytes) -> None:
@@ -253,22 +275,46 @@ def delete(paths: Iterable[Path]) -> int:
     return count
 
 
-def abort_uploads(root: Path) -> int:
-    """Abort uploads below `root` that a killed process left half done, and return how many.
+def abort_uploads(root: Path, directories: Iterable[Path]) -> int:
+    """Abort uploads to files directly in `directories` that a killed process left half done, and return how many.
 
-    No listing shows them, and their store is paid for.
+    No listing shows them, and their store is paid for. Where one may not see or abort them, a line says so: they cost,
+    but do no other harm.
+
+    Args:
+        root: What all the directories are or lie in. Another run may be uploading to other folders below it.
     """
     store: Any = getattr(root, "fs", None)
     if not hasattr(store, "list_multipart_uploads"):
         return 0
-    bucket, _, prefix = cast(Any, root).path.partition("/")
-    uploads = retrying(lambda: store.list_multipart_uploads(bucket), root) or []
-    mine = [upload for upload in uploads if upload["Key"].startswith(f"{prefix}/")]
-    for upload in mine:
-        fields = {"Bucket": bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
-        with contextlib.suppress(FileNotFoundError):
-            retrying(lambda fields=fields: store.call_s3("abort_multipart_upload", **fields), root)  # type: ignore[misc]
-    return len(mine)
+    bucket = cast(Any, root).path.strip("/").partition("/")[0]
+    folders = {cast(Any, directory).path.strip("/") for directory in directories}
+    count = 0
+    try:
+        for upload in _uploads(store, root):
+            if f"{bucket}/{upload['Key']}".rpartition("/")[0] in folders:
+                fields = {"Bucket": bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
+                with contextlib.suppress(FileNotFoundError):
+                    retrying(lambda fields=fields: store.call_s3("abort_multipart_upload", **fields), root)  # type: ignore[misc]
+                count += 1
+    except (JobError, FileNotFoundError, NotImplementedError) as error:
+        why = " ".join(str(error.__cause__ or error).split())
+        _log.warning("%s: uploads that were cut off are not looked for or not aborted: %s", root, why)
+    return count
+
+
+def _uploads(store: Any, root: Path) -> list[dict[str, Any]]:
+    """Return the unfinished uploads below `root`, from all pages of the listing."""
+    bucket, _, prefix = cast(Any, root).path.strip("/").partition("/")
+    fields = {"Bucket": bucket, "Prefix": f"{prefix}/" if prefix else ""}
+    found: list[dict[str, Any]] = []
+    while True:
+        page = retrying(lambda: store.call_s3("list_multipart_uploads", **fields), root, "read")
+        found += page.get("Uploads") or []
+        if not page.get("IsTruncated") or not page.get("NextKeyMarker"):
+            return found
+        fields["KeyMarker"] = page["NextKeyMarker"]
+        fields["UploadIdMarker"] = page.get("NextUploadIdMarker") or ""
 
 
 def sync_dir(directory: Path) -> None:
@@ -289,6 +335,22 @@ def staging_path(directory: Path, name: str) -> Path:
         return scratch_file(name)
     make_dir(directory)
     return _fresh(directory, name)
+
+
+@contextlib.contextmanager
+def staging(directory: Path, name: str) -> Iterator[Path]:
+    """Give a `staging_path` that does not stay behind if it is not put in its place."""
+    path = staging_path(directory, name)
+    try:
+        yield path
+    finally:
+        discard(path)
+
+
+def discard(staged: Path) -> None:
+    """Delete a staged file, if it is there still; a failure to do so hides no other."""
+    with contextlib.suppress(OSError):
+        staged.unlink()
 
 
 def scratch_file(name: str) -> Path:

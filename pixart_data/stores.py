@@ -9,16 +9,16 @@ import errno
 import io
 import os
 import posixpath
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
+from pixart_data import events
 from pixart_data.errors import DataError, JobError
 from pixart_data.retries import retrying
 from pixart_data.storage import location, scratch_file
+from pixart_data.threads import ahead
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -252,7 +252,8 @@ def scratch_copy(url: str) -> Iterator[str]:
     """Give a local copy for as long as it is needed, fetched in parts of 8 MiB, eight at a time.
 
     Raises:
-        DataError: If the store fails, the object changes meanwhile, or the scratch disk has no room for it.
+        DataError: If the store fails, or the object changes meanwhile.
+        JobError: If the scratch disk has no room for it.
     """
     entry = find_entry(url)
     path = scratch_file("source")
@@ -275,13 +276,14 @@ def _download(entry: Entry, path: Path) -> None:
             data = read_range(entry.url, start, min(start + _PART_BYTES, entry.size_bytes))
             if os.pwrite(descriptor, data, start) != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            events.beat()  # a large tar has no rows to show for a long time
 
         for _ in ahead(fetch, range(0, entry.size_bytes, _PART_BYTES), _PARTS_AT_ONCE, _PARTS_AT_ONCE):
             pass
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        raise DataError(
+        raise JobError(  # no fault of the source's: every unit would meet it
             f"{path.parent}: expected room for a copy of {entry.url}, {entry.size_bytes} bytes: {words(error)}; "
             "free space, or set TMPDIR to a folder on a larger disk, then run again"
         ) from error
@@ -292,19 +294,3 @@ def _download(entry: Entry, path: Path) -> None:
 def read_ahead(function: Callable[[T], R], items: Iterable[T], remote: bool) -> Iterator[R]:
     """Yield `function(item)` in the order of `items`; of remote ones 16 are under way, since each waits for a store."""
     return ahead(function, items, _READERS, 2 * _READERS) if remote else map(function, items)
-
-
-def ahead(function: Callable[[T], R], items: Iterable[T], num_threads: int, depth: int) -> Iterator[R]:
-    """Yield `function(item)` in the order of `items`, at most `depth` results ahead of the consumer."""
-    with ThreadPoolExecutor(num_threads) as threads:
-        pending: deque[Future[R]] = deque()
-        try:
-            for item in items:
-                pending.append(threads.submit(partial(function, item)))
-                if len(pending) >= depth:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()

@@ -69,7 +69,7 @@ def _figures(status: Status) -> Iterator[tuple[str, str]]:
     if total.busy_share is not None:
         yield "model idle", f"{1 - total.busy_share:.0%}"
     if total.worker_s:
-        yield "worker-hours", f"{total.worker_s / 3600:,.1f}"
+        yield "worker-hours", f"{total.worker_s / 3600:,.2f}"
     cost = status.cost()
     if cost is not None:
         yield "cost", f"${cost:,.2f}"

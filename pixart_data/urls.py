@@ -2,11 +2,12 @@
 
 import glob
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pixart_data.captions import CaptionFile, count_captions, read_rows, require_columns, slices
+from pixart_data.commits import Record
 from pixart_data.errors import ConfigError
 from pixart_data.records import Reason
 from pixart_data.sections import UrlLists
@@ -62,6 +63,31 @@ def find_urls(config: UrlLists) -> list[UrlUnit]:
         remedy = 'urls.caption_column, to "" if there are no captions'
         require_columns(files, remedy, config.caption_column, need_key=False)
     return [UrlUnit(number, file) for number, file in enumerate(files)]
+
+
+def require_order(units: Sequence[UrlUnit], records: Mapping[str, Record]) -> None:
+    """Refuse lists that are numbered otherwise than when they were fetched: all behind the first would be fetched anew.
+
+    A list that changed in its place is none of these. Of two lists of one content either may have a number.
+
+    Args:
+        records: Of the output, by unit; `settings["shard"]` is the fingerprint of what was fetched.
+
+    Raises:
+        ConfigError: If a list that is committed has another number now.
+    """
+    now = {unit.id: unit.fingerprint for unit in units}
+    before = {unit: record.settings.get("shard") for unit, record in records.items()}
+    left = {shard: unit for unit, shard in before.items() if now.get(unit) != shard}
+    moved = [unit for unit in units if unit.fingerprint in left and before.get(unit.id) != unit.fingerprint]
+    if moved:
+        first, num_others = moved[0], len({unit.file.path for unit in moved}) - 1
+        more = f", and {num_others} more with it" if num_others else ""
+        raise ConfigError(
+            "urls.paths: expected the lists of the earlier runs in their old order and new ones at the end, found "
+            f"{first.file.path} renumbered from {left[first.fingerprint]} to {first.id}{more}, to be fetched anew; "
+            "name the lists in the old order in urls.paths, with the old urls.rows_per_unit, or choose another output"
+        )
 
 
 def read_urls(unit: UrlUnit, config: UrlLists) -> Iterator[UrlRow]:

@@ -403,8 +403,8 @@ class Chaos:
         code = driver.process.returncode
         if code == -signal.SIGKILL:
             return "driver" in driver.struck or "head" in driver.struck
-        if "term" in driver.struck and code in (-signal.SIGTERM, 4):
-            return True
+        if "term" in driver.struck and code in (-signal.SIGTERM, signal.SIGTERM, 4):
+            return True  # before the run begins, by Ray's own handler between two sets, and in a run
         return code == 4 and "pixart extract: " in driver.said()
 
     def _job(self, output: str, name: str) -> Path:

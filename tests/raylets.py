@@ -16,6 +16,7 @@ import psutil
 
 _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of prctl(2)
 _START_S = 120.0
+_HEADS = 3  # that are tried
 
 
 def adopt() -> None:
@@ -106,8 +107,16 @@ class Cluster:
         """Start all nodes; returns when the head answers.
 
         Raises:
-            TimeoutError: If it does not.
+            TimeoutError: If it does not, three times.
         """
+        heads = [self._start_head() for _ in range(_HEADS) if not self.nodes]
+        if not self.nodes:
+            raise TimeoutError(f"the head of the cluster did not start: {heads[-1].log.read_text()[-2000:]}")
+        self._wanted_s = [0.0] * (self.num_nodes - 1)
+        self.mend()
+
+    def _start_head(self) -> Node:
+        """Ray gives a raylet thirty seconds to start, which a busy machine may need: then there are no nodes."""
         port, client = _free_port(), _free_port()
         self.environment["RAY_ADDRESS"] = f"127.0.0.1:{port}"
         words = ["--head", f"--port={port}", f"--ray-client-server-port={client}", f"--temp-dir={self.folder}"]
@@ -115,10 +124,12 @@ class Cluster:
         deadline_s = time.monotonic() + _START_S
         while "Ray runtime started" not in head.log.read_text():
             if head.process.poll() is not None or time.monotonic() > deadline_s:
-                raise TimeoutError(f"the head of the cluster did not start: {head.log.read_text()[-2000:]}")
+                send([*below(head.process), head.process], signal.SIGKILL)
+                head.process.wait()
+                self.nodes.remove(head)
+                break
             time.sleep(0.1)
-        self._wanted_s = [0.0] * (self.num_nodes - 1)
-        self.mend()
+        return head
 
     def mend(self) -> None:
         """Start the nodes whose time has come, and count those that were lost in another way."""

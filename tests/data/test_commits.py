@@ -6,12 +6,15 @@ import stat
 import subprocess
 import sys
 
+import pyarrow as pa
 import pytest
 
-from pixart_data.commits import PublishedFile, Record, publish, read_records, sweep, write_record
+from pixart_data.archives import publish_shard
+from pixart_data.commits import PublishedFile, Record, publish, publish_table, read_records, sweep, write_record
 from pixart_data.errors import DataError, JobError
 from pixart_data.leases import output_lock
-from pixart_data.storage import make_dir, staging_path, write_atomic
+from pixart_data.records import FETCHED
+from pixart_data.storage import location, make_dir, staging_path, write_atomic
 
 
 def record(unit="u", files=(), rows_in=3, rows_out=2, rejected=None):
@@ -40,6 +43,38 @@ def test_publishing_the_same_content_twice_is_one_file(tmp_path):
     files = [publish(stage(tmp_path, content), tmp_path, tmp_path, "u", ".tar") for content in (b"a", b"a", b"b")]
     assert files[0] == files[1] != files[2]
     assert names(tmp_path) == sorted({file.path for file in files})
+
+
+@pytest.mark.parametrize("place", ["local", "s3"])
+@pytest.mark.parametrize("step", ["pixart_data.commits.file_sha256", "pixart_data.commits.replace_file"])
+def test_an_attempt_that_fails_leaves_no_staged_file(place, step, tmp_path, monkeypatch, request):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    root = tmp_path / "out" if place == "local" else location(f"{request.getfixturevalue('bucket')}/out")
+
+    def fail(*_):
+        staged.extend(path for path in tmp_path.rglob(".tmp-*"))
+        raise JobError("the disk is full")
+
+    monkeypatch.setattr(step, fail)
+    monkeypatch.setattr(step.replace("commits", "archives"), fail)
+    table = pa.table({"key": ["a"]})
+    row = dict.fromkeys(FETCHED.names) | {"key": "a", "format": "jpg"}
+    attempts = {
+        1: [
+            lambda: publish(stage(root / "a", b"content"), root, root / "a", "u", ".tar"),
+            lambda: publish_table(table, root, root / "parts", "u"),
+        ],
+        2: [lambda: publish_shard(root, "u", [row], lambda _: b"image")],
+    }
+    for num_staged, whats in attempts.items():
+        for what in whats:
+            staged = []
+            with pytest.raises(JobError, match="the disk is full"):
+                what()
+            assert len(staged) == num_staged
+            assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_published_files_can_be_read_by_others(tmp_path):

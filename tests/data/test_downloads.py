@@ -2,6 +2,7 @@
 
 import asyncio
 import gzip
+import ipaddress
 import random
 import socket
 import ssl
@@ -389,7 +390,31 @@ def test_private_addresses_are_refused(web, host, robots):
     assert not web.connections  # not even a connection
 
 
-@pytest.mark.parametrize("text", ["8.8.8.8", "1.1.1.1", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"])
+INNER = ["192.0.0.192", "192.0.0.9", "168.63.129.16", "192.88.99.1", "100.64.0.1", "100.127.255.255", "198.18.0.1"]
+INNER += ["198.19.255.255", "240.0.0.1", "255.255.255.255"]
+INNER_6 = ["fec0::1", "feff::1", "3fff::1", "3fff:fff::1", "64:ff9b:1::808:808", "5f00::1"]
+KNOWN = ["169.254.169.254", "127.0.0.1", "10.0.0.1", "0.0.0.0"]
+KNOWN_6 = ["fd00:ec2::254", "2001:db8::1"]
+
+
+@pytest.mark.parametrize("lenient", [False, True])
+def test_addresses_that_are_not_of_the_internet_are_refused_in_every_spelling(lenient, monkeypatch):
+    """Those of INNER whatever Python's own lists are: with `lenient` they know nothing."""
+    inner, inner_6 = (INNER, INNER_6) if lenient else (INNER + KNOWN, INNER_6 + KNOWN_6)
+    if lenient:
+        for kind in (ipaddress.IPv4Address, ipaddress.IPv6Address):
+            monkeypatch.setattr(kind, "is_global", True)
+            monkeypatch.setattr(kind, "is_reserved", False)
+    spelt = [f"{prefix}{text}" for text in inner for prefix in ("", "::ffff:", "64:ff9b::")]
+    spelt += [str(ipaddress.IPv6Address(0x2002 << 112 | int(ipaddress.IPv4Address(text)) << 80)) for text in inner]
+    for text in [*spelt, *inner_6]:
+        assert not addresses.is_public(ipaddress.ip_address(text)), text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["8.8.8.8", "1.1.1.1", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808", "168.63.129.17", "192.0.1.1"],
+)
 def test_public_addresses_are_not(text, monkeypatch):
     family = socket.AF_INET6 if ":" in text else socket.AF_INET
     monkeypatch.setattr(addresses.socket, "socket", lambda **options: options)  # a machine may be without IPv6

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pixart_data import storage, stores
-from pixart_data.errors import ConfigError, DataError
+from pixart_data import events, storage, stores
+from pixart_data.errors import ConfigError, DataError, JobError
 from pixart_data.records import Reason
 from pixart_data.sections import Source
 from pixart_data.sources import Sample, count_rows, find_units, read_samples
@@ -123,6 +123,15 @@ def test_a_tar_of_many_parts(tmp_path, bucket, monkeypatch):
     monkeypatch.setattr(stores, "_MOST_READ_BYTES", 3000)
     upload(write_tars(tmp_path / "top", num_rows=20), bucket)
     assert read(f"{bucket}/*.tar") == read(tmp_path / "top" / "*.tar")
+
+
+def test_every_part_of_a_copy_is_a_sign_of_life(tmp_path, bucket, monkeypatch):
+    monkeypatch.setattr(stores, "_PART_BYTES", 5000)
+    upload(write(tmp_path / "top/a.tar", bytes(24_000)).parent, bucket)
+    before = events.beats()
+    with stores.scratch_copy(f"{bucket}/a.tar") as copy:
+        assert Path(copy).read_bytes() == bytes(24_000)
+    assert events.beats() == before + 5
 
 
 def test_copies_of_tars_do_not_stay(tmp_path, bucket):
@@ -403,7 +412,7 @@ def test_a_scratch_disk_that_is_full(tmp_path, bucket, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", no_room)
-    with pytest.raises(DataError, match="expected room for a copy of s3://.*No space left.*set TMPDIR to a folder"):
+    with pytest.raises(JobError, match="expected room for a copy of s3://.*No space left.*set TMPDIR to a folder"):
         list(read_samples(unit, source))
 
 

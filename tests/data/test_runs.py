@@ -1,6 +1,7 @@
 """The status of a run, what is derived from it, and the page that is made of it."""
 
 import json
+import shlex
 from html.parser import HTMLParser
 
 import pytest
@@ -180,13 +181,29 @@ def test_figures_are_json_and_say_when_they_are_unknown():
         ({"state": "failed"}, False, ["mend what the error says"]),
         ({"state": "failed", "failed": {"b": failed()}}, False, ["shards set aside: 1; mend the cause"]),
         ({"state": "done", "num_done": 10, "rejected": {"x": 7}}, False, ["rows rejected: 7", "pixart retry out"]),
-        ({"stage": "filter", "state": "done", "num_done": 10, "rejected": {"x": 7}}, False, []),
+        ({"stage": "filter", "state": "done", "num_done": 10, "rejected": {"x": 7}}, False, ["pixart inspect out"]),
+        ({"stage": "stats", "state": "done", "num_done": 10, "rejected": {"x": 7}}, False, []),
     ],
 )
 def test_the_next_step_is_something_to_type(known, alive, steps):
     said = advice(status(**known), "out", alive)
     assert bool(said) == bool(steps)
     assert all(step in " ".join(said) for step in steps)
+
+
+def test_rows_that_would_be_rejected_again_are_not_offered():
+    said = advice(status(state="done", num_done=10, rejected={"no_caption": 7}), "out", False)
+    assert "pixart retry" not in " ".join(said)
+
+
+def test_a_driver_of_this_machine_that_is_gone_is_not_waited_for():
+    import subprocess
+    import sys
+
+    code = "from pixart_data.processes import process_name; print(process_name())"
+    gone = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+    assert status(updated_unix_s=NOW).is_alive(NOW)
+    assert not status(updated_unix_s=NOW, process=gone).is_alive(NOW)
 
 
 def test_rows_of_an_unfinished_run_are_not_to_be_tried_again_yet():
@@ -197,9 +214,22 @@ def test_rows_of_an_unfinished_run_are_not_to_be_tried_again_yet():
 
 def test_the_job_file_of_an_object_store_is_not_passed_to_a_command():
     [step] = advice(status(stage="extract 256px", state="stopped"), "s3://b/out", False)
-    assert step == "it was stopped; to go on where it was: the same command again"
+    assert step == (
+        "it was stopped; to go on where it was: the same command again; its job file: "
+        "aws s3 cp s3://b/out/job.toml . && pixart extract job.toml"
+    )
+    [step] = advice(status(state="stopped"), "gs://b/out", False)
+    assert step.endswith("the same command again; its job file, to be copied here first: gs://b/out/job.toml")
     [step] = advice(status(stage="extract 256px", state="stopped"), "out/256px", False)
     assert step.endswith("pixart extract out/256px/job.toml")
+
+
+def test_a_place_with_a_space_in_it_can_be_pasted_into_a_shell():
+    known = status(state="stopped", num_done=10, rejected={"x": 7})
+    for place in ("/data/my run", "s3://b/my run"):
+        words = [word for step in advice(known, place, False) for word in shlex.split(step)]
+        assert words.count(place) == 2  # of inspect and of retry
+        assert f"{place}/job.toml" in words
 
 
 def test_events_are_told_in_words_and_unknown_ones_as_they_are():
@@ -230,7 +260,7 @@ def test_the_page_holds_the_account_and_needs_nothing_else():
     assert page.loads == []
     for words in (
         "caption failed", "out/<x>", "1 of 10 shards failed <3> times", "10%", "$4.00",
-        "900 rows in = 864 out + 36 rejected", "30 (3.33%)", "shards set aside: 1", "pixart caption out/<x>/job.toml",
+        "900 rows in = 864 out + 36 rejected", "30 (3.33%)", "shards set aside: 1", "pixart caption 'out/<x>/job.toml'",
         "<script>alert(1)</script>", "3 workers that died", "node-1", "captioner.model.id", "Describe <this>", "abc123",
         "Time at work in 2 runs",
     ):  # fmt: skip

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from pixart_data import chats, events, servers
+from pixart_data.config import load
 from pixart_data.errors import ConfigError, JobError, TransientError
 from pixart_data.questions import Caption, NoCaption
 from pixart_data.sections import Captioner as Section
@@ -268,6 +269,17 @@ def test_a_server_that_stays_away_fails_the_shard(connect):
         caption(engine)
 
 
+def test_what_is_asked_beside_a_row_that_fails_the_shard_is_given_up(server, connect):
+    engine = connect(server, concurrency=1)
+    server.plan.append(status(403, "go away"))
+    images = [engine.prepare(picture(colour=(i, 0, 0))) for i in range(8)]
+    with pytest.raises(TransientError, match="answered 403") as caught:
+        engine({"image": images, "raw_caption": [None] * 8, "seed": [0] * 8})
+    assert isinstance(caught.value.__cause__, chats.Refused)
+    assert isinstance(caption(engine), Caption)  # waits for its turn behind what was not given up
+    assert len(server.of_rows) <= 3  # the one that failed, this one, and one that was on its way meanwhile
+
+
 # Several servers
 
 
@@ -430,6 +442,19 @@ def test_a_url_alone_is_a_server():
         Section.model_validate({"server": "localhost:8000"})
     with pytest.raises(ValueError, match="expected names of a-z, 0-9 and _, e.g. short, found 'Very short'"):
         Section.model_validate({"prompts": {"Very short": "x"}})
+
+
+@pytest.mark.parametrize("given", ["https://user:s3cret@host/v1", "user:s3cret@host", "ftp://me:s3/cret@host"])
+@pytest.mark.parametrize("spelt", ["server = '{}'", "server = ['http://a/v1', '{}']", "server = {{urls = '{}'}}"])
+def test_a_password_in_a_url_is_refused_and_not_repeated(given, spelt, tmp_path):
+    path = tmp_path / "caption.toml"
+    path.write_text(spelt.format(given))
+    with pytest.raises(ConfigError) as error:
+        load(Section, path)
+    assert str(error.value) == (
+        f"{path}: server.urls: expected URLs without a user name or password, found one before an @; put the key into "
+        "an environment variable and name that in api_key_env"
+    )
 
 
 # A real server

@@ -13,6 +13,7 @@ from pixart_data.commits import Record, publish, publish_table, read_records, re
 from pixart_data.errors import ConfigError, DataError, JobError, TransientError
 from pixart_data.retries import is_transient, retrying
 from pixart_data.storage import (
+    abort_uploads,
     delete,
     exists,
     list_files,
@@ -124,13 +125,131 @@ def test_sweep_deletes_what_no_record_names(root):
     assert sorted(path.name for path in list_files(root / "a")) == sorted(["notes.txt", kept.path.split("/")[1]])
 
 
-def test_sweep_aborts_uploads_that_were_killed(bucket):
+def begin_uploads(bucket, *keys):
+    for key in keys:
+        location(bucket).fs.call_s3("create_multipart_upload", Bucket=bucket.removeprefix("s3://"), Key=key)
+
+
+def uploads(bucket):
+    found = location(bucket).fs.list_multipart_uploads(bucket.removeprefix("s3://"))
+    return sorted(upload["Key"] for upload in found)
+
+
+def test_sweep_aborts_uploads_that_were_killed_where_this_run_writes(bucket):
     root = location(f"{bucket}/out")
-    for key in ("out/a/u.tar", "elsewhere/u.tar"):
-        root.fs.call_s3("create_multipart_upload", Bucket=bucket.removeprefix("s3://"), Key=key)
-    assert sweep(root, [], read_records(root).values()) == 1
-    left = root.fs.list_multipart_uploads(bucket.removeprefix("s3://"))
-    assert [upload["Key"] for upload in left] == ["elsewhere/u.tar"]
+    others = ["elsewhere/u.tar", "out/a/b/u.tar", "out/features/commits/u.json", "out/features/u.tar", "outer/u.tar"]
+    begin_uploads(bucket, "out/a/u.tar", "out/commits/u.json", "out/manifest.json", *others)
+    assert sweep(root, iter([root / "a"]), read_records(root).values()) == 3
+    assert uploads(bucket) == others
+
+
+def test_sweep_aborts_uploads_at_the_root_of_a_bucket(bucket):
+    root = location(bucket)
+    begin_uploads(bucket, "a/u.tar", "manifest.json", "other/u.tar")
+    assert sweep(root, [root / "a"], []) == 2
+    assert uploads(bucket) == ["other/u.tar"]
+
+
+class PagedStore:
+    """Uploads in pages of two, as S3 gives them in pages of a thousand; it may refuse."""
+
+    def __init__(self, keys, refusals=()):
+        self.keys, self.refusals, self.aborted = keys, dict(refusals), []
+
+    def list_multipart_uploads(self, bucket):
+        raise AssertionError("one page only")
+
+    def call_s3(self, method, Bucket, Prefix="", KeyMarker="", UploadIdMarker="", Key="", UploadId=""):  # noqa: N803
+        if method in self.refusals:
+            raise self.refusals[method]
+        assert Bucket == "bucket"
+        if method == "abort_multipart_upload":
+            assert UploadId == f"id-{Key}"
+            return self.aborted.append(Key)
+        assert UploadIdMarker == (f"id-{KeyMarker}" if KeyMarker else "")
+        left = [key for key in self.keys if key.startswith(Prefix) and key > KeyMarker]
+        page = {"Uploads": [{"Key": key, "UploadId": f"id-{key}"} for key in left[:2]], "IsTruncated": len(left) > 2}
+        return page | ({"NextKeyMarker": left[1], "NextUploadIdMarker": f"id-{left[1]}"} if len(left) > 2 else {})
+
+
+class PagedPlace:
+    def __init__(self, fs, path):
+        self.fs, self.path = fs, path
+
+    def __str__(self):
+        return f"s3://{self.path}"
+
+
+def test_uploads_are_looked_for_on_every_page():
+    mine = [f"out/{i}" for i in range(7)]
+    store = PagedStore(["a", *mine, "z"])
+    root = PagedPlace(store, "bucket/out")
+    assert abort_uploads(root, [root]) == 7
+    assert store.aborted == mine
+
+
+@pytest.mark.parametrize("method", ["list_multipart_uploads", "abort_multipart_upload"])
+@pytest.mark.parametrize(
+    "refusal", [PermissionError("Access Denied"), OSError(errno.ENOSYS, "Not implemented"), NotImplementedError("no")]
+)
+def test_uploads_that_may_not_be_aborted_are_told_of_in_one_line(method, refusal, caplog):
+    root = PagedPlace(PagedStore(["out/0", "out/1"], {method: refusal}), "bucket/out")
+    assert abort_uploads(root, [root]) == 0
+    [line] = caplog.messages
+    assert line.startswith("s3://bucket/out: uploads that were cut off are not looked for or not aborted: ")
+    assert str(refusal) in line
+
+
+def test_a_folder_that_cannot_be_read_is_not_taken_for_empty(tmp_path, monkeypatch):
+    (tmp_path / "commits").mkdir()
+    (tmp_path / "file").touch()
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", refuse)
+        with pytest.raises(JobError, match="commits: cannot read: permission denied"):
+            read_records(tmp_path)
+    assert list_files(tmp_path / "file") == []
+    assert list_files(tmp_path / "nowhere") == []
+
+
+def test_a_listing_is_tried_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("pixart_data.retries._FIRST_WAIT_S", 0.002)
+    (tmp_path / "b").touch()
+    (tmp_path / "a").touch()
+    (tmp_path / "folder").mkdir()
+    failures = [OSError(errno.ESTALE, "Stale file handle"), OSError(errno.EIO, "Input/output error")]
+    scandir = os.scandir
+
+    def fail_first(path):
+        if failures:
+            raise failures.pop()
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", fail_first)
+    assert list_files(tmp_path) == [tmp_path / "a", tmp_path / "b"]
+    assert not failures
+
+
+def test_without_hard_links_a_failed_copy_leaves_nothing(tmp_path, monkeypatch):
+    def no_links(name, path):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    def fill_disk(source, target):
+        target.write(b"cont")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "link", no_links)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.copyfileobj", fill_disk)
+        with pytest.raises(JobError, match="the disk is full"):
+            write_new(tmp_path / "file", b"content")
+    assert list(tmp_path.iterdir()) == []
+    assert write_new(tmp_path / "file", b"content")
+    assert not write_new(tmp_path / "file", b"another")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"content"]
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ def test_a_run_that_goes_on(capsys, tmp_path):
         "1.2 rows/s now, 0.5 in this run, 0.5 rows/s over 8 min of work", "2 up, 1 starting or waiting for room",
         "time left 5 min, until about ",  # 160 rows, of two workers that took four seconds for each
         "busy 75% of the workers' time, idle 25%", "at most 2.5 GB in a worker, 300.0 MB in the driver, 1.0 MB",
-        "$1.00 so far, about $1.67 in all (0.3 worker-hours at $3.00)", "slowest   b: 5 min for 100 rows, on w1",
+        "$1.00 so far, about $1.67 in all (0.33 worker-hours at $3.00)", "slowest   b: 5 min for 100 rows, on w1",
         "failed    c: to be tried again after 1 attempt(s): its worker died", "events    2 workers that died",
     ):  # fmt: skip
         assert words in out, words

@@ -151,6 +151,19 @@ def test_what_does_not_decide_the_captions_redoes_nothing(folder, server, tmp_pa
     assert todo(model="org/other") == "0 new; 3 redone: captioner.model changed"
 
 
+@pytest.mark.parametrize(("temperature", "decides"), [(0.0, False), (0.7, True)])
+def test_the_batch_decides_what_is_drawn_here(folder, server, miniatures, tmp_path, temperature, decides):
+    def settings(batch_size, **captioner):
+        captioner = {"batch_size": batch_size, "temperature": temperature, **captioner}
+        run = caption.prepare(make_job(folder, tmp_path / "out", **captioner))
+        return run.settings(run.units[0])
+
+    here = [settings(batch_size, model=miniatures["llava"]) for batch_size in (2, 3)]
+    assert (here[0] != here[1]) == decides
+    there = [settings(batch_size, server=served(server)) for batch_size in (2, 3)]
+    assert there[0] == there[1]  # each image has a seed of its own
+
+
 def test_a_server_that_is_away_for_a_while_costs_a_shard_an_attempt(folder, server, tmp_path, caplog):
     server.plan.extend([status(429)] * 4)
     with caplog.at_level(logging.INFO):

@@ -259,6 +259,20 @@ class TestExecute:
             execute_job(make_run(root, tasks("a")))
         assert [path.name for path in root.iterdir()] == [".lease"]
 
+    def test_sigterm_in_the_end_of_a_run_stops_it_in_order(self, root):
+        import os
+        import signal
+        import time
+
+        def terminate(records):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+
+        with pytest.raises(JobError, match="stopped by SIGTERM"):
+            execute_job(make_run(root, tasks("a", "b")), terminate)
+        assert json.loads((root / "status.json").read_text())["state"] == "stopped"
+        assert execute_job(make_run(root, tasks("a", "b"))).rows_out == 20
+
     def test_an_interrupted_run_keeps_what_it_committed(self, root):
         def interrupt(records):
             raise KeyboardInterrupt

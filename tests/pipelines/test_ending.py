@@ -11,8 +11,9 @@ CODE = """
 import signal, sys, threading
 from pipelines.ending import exit_in_time
 told = threading.Event()
-signal.signal(signal.SIGTERM, lambda *_: told.set())
 with exit_in_time(float(sys.argv[1])):
+    if sys.argv[2] != "raises":
+        signal.signal(signal.SIGTERM, lambda *_: told.set())
     print("ready", flush=True)
     if sys.argv[2] == "hangs":
         lock = threading.Lock()
@@ -57,3 +58,11 @@ def test_what_ends_by_itself_is_left_alone(start):
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 0
     assert process.stdout.read().endswith("in order\n")
+
+
+def test_outside_of_the_pool_it_is_stopped_at_once(start):
+    """As while an index is made: Ray's own handler would leave with code 15 and no word."""
+    process = start("20", "raises")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 1
+    assert "pipelines.ending.Stopped: stopped by SIGTERM; run the same command again" in process.stderr.read()

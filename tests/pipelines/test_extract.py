@@ -5,11 +5,11 @@ from PIL import Image
 
 from pipelines import extract
 from pipelines.config import Extract
-from pipelines.features import ImageStage
+from pipelines.features import ImageStage, NullCaption, TextStage
 from pixart_data import canvases
 from pixart_data.canvases import preparation
 from pixart_data.errors import JobError
-from pixart_data.sections import ImageFeatures, Source
+from pixart_data.sections import ImageFeatures, Source, TextFeatures
 from pixart_data.sources import find_units
 
 
@@ -65,3 +65,64 @@ def test_a_worker_that_prepares_images_otherwise_does_not_start(photographs, tmp
     source = Source(paths=[str(photographs)])
     with pytest.raises(JobError, match="image preparation on .*: expected 'dct-0', .*; install the same packages"):
         ImageStage(tmp_path / "set", source, ImageFeatures(model=miniatures["vae"]), "dct-0")
+
+
+def staged_files(root):
+    return [path for path in root.rglob("*") if path.is_file() and path.name.startswith(".tmp-")]
+
+
+@pytest.mark.parametrize("attempt", ["first", "again"])
+def test_a_failed_attempt_at_images_leaves_no_staged_shard(photographs, tmp_path, miniatures, attempt):
+    source, root = Source(paths=[str(photographs)]), tmp_path / "set"
+    stage = ImageStage(root, source, ImageFeatures(model=miniatures["vae"], batch_size=1))
+    [unit] = find_units(source)
+    (photographs / "bad.jpg").write_bytes(b"no image")
+    [with_bad] = find_units(source)
+    record = stage(with_bad, lambda count, num_rejected: None)
+    image = (photographs / "plain.jpg").read_bytes()
+    (photographs / "bad.jpg").write_bytes(image)
+    staged = []
+
+    def fail(count, num_rejected):
+        staged.extend(staged_files(root))
+        if staged:
+            raise JobError("the store is away")
+
+    attempts = {
+        "first": lambda: stage(unit, fail),
+        "again": lambda: stage.retry(with_bad, sorted(record.rejected), record, fail),
+    }
+    with pytest.raises(JobError, match="the store is away"):
+        attempts[attempt]()
+    assert staged
+    assert not staged_files(root)
+
+
+@pytest.mark.parametrize("attempt", ["first", "again", "null"])
+def test_a_failed_attempt_at_captions_leaves_no_staged_shard(tmp_path, miniatures, monkeypatch, attempt):
+    folder, root = tmp_path / "captioned", tmp_path / "set"
+    folder.mkdir()
+    for name in "ab":
+        Image.new("RGB", (64, 64)).save(folder / f"{name}.png")
+    (folder / "a.txt").write_text("a red square")
+    source = Source(paths=[str(folder)])
+    stage = TextStage(root, source, "caption", TextFeatures(model=miniatures["t5"]))
+    [unit] = find_units(source)
+    record = stage(unit, lambda count, num_rejected: None)
+    (folder / "b.txt").write_text("a blue square")
+    staged = []
+
+    def fail(*_):
+        staged.extend(staged_files(root))
+        raise JobError("the store is away")
+
+    monkeypatch.setattr("pipelines.features.publish", fail)
+    attempts = {
+        "first": lambda: stage(unit, lambda count, num_rejected: None),
+        "again": lambda: stage.retry(unit, sorted(record.rejected), record, lambda count, num_rejected: None),
+        "null": lambda: stage(NullCaption(), lambda count, num_rejected: None),
+    }
+    with pytest.raises(JobError, match="the store is away"):
+        attempts[attempt]()
+    assert staged
+    assert not staged_files(root)

@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.config import Fetch
-from pipelines.fetch import FetchStage, prepare
+from pipelines.fetch import FetchStage, plan, prepare
 from pixart_data.archives import seal_images
-from pixart_data.commits import file_sha256
+from pixart_data.commits import Record, file_sha256, write_record
 from pixart_data.config import digest, load
 from pixart_data.errors import ConfigError, DataError, TransientError
 from pixart_data.records import FETCHED
@@ -259,6 +259,99 @@ def test_a_retry_that_wins_nothing_changes_only_the_table(web, output, make_job)
     before = stage(unit, lambda *_: None)
     after = stage.retry(unit, ["not_found"], before, lambda *_: None)
     assert after == before
+
+
+def test_a_retry_without_network_fails_the_unit_instead_of_its_rows(web, output, make_job, monkeypatch):
+    name_server(monkeypatch)
+    job = make_job([{"url": f"http://host-{i}.invalid/a.jpg", "caption": ""} for i in range(60)])
+    (unit,) = prepare(job).units
+    stage = FetchStage(job)
+    with monkeypatch.context() as lenient:
+        lenient.setattr("pipelines.fetch._JUDGED_FROM_HOSTS", 61)
+        gone = stage(unit, lambda *_: None)
+    assert stage.retry(unit, ["host_not_found"], gone, lambda *_: None) == gone  # as before: names that are gone
+    answered = [row | {"error": "server_error"} for row in status_rows(output, gone)]
+    monkeypatch.setattr("pipelines.fetch.read_status", lambda root, record: answered)
+    with pytest.raises(TransientError, match="expected answers from some of 60 hosts, found none"):
+        stage.retry(unit, ["server_error"], gone, lambda *_: None)
+
+
+# Lists that are renumbered
+
+
+@pytest.fixture
+def lists(tmp_path, output):
+    """Three lists, `a` of two units, and the job over paths in their folder."""
+    folder = tmp_path / "lists"
+    folder.mkdir()
+
+    def write(name, num_rows):
+        rows = [{"url": f"http://{name}/{i}", "caption": ""} for i in range(num_rows)]
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet")
+
+    def make_job(*names, **urls):
+        paths = [str(folder / name) for name in names] or [str(folder)]
+        return Fetch(output=str(output), urls={"paths": paths, "rows_per_unit": 5, **urls})
+
+    for name, num_rows in {"a": 7, "c": 3, "e": 4}.items():
+        write(name, num_rows)
+    make_job.write = write
+    return make_job
+
+
+def commit(job, *units):
+    """Commit units, all without naming any, as if they had been fetched."""
+    run = prepare(job)
+    for unit in run.units:
+        if not units or unit.id in units:
+            decided = run.settings(unit)
+            write_record(run.root, Record(unit.id, digest(decided), decided, 0, 0, {}, []))
+
+
+def todo(job):
+    [(_, found)] = plan(job)
+    return [unit.id for unit, _ in found.todo]
+
+
+@pytest.mark.parametrize(
+    ("committed", "moved"),
+    [((), "c.parquet renumbered from 00002 to 00003, and 1 more with it"), (("00002",), "c.parquet renumbered from")],
+)
+def test_a_new_list_among_old_ones_is_not_planned(lists, committed, moved):
+    commit(lists(), *committed)
+    lists.write("b", 2)
+    with pytest.raises(ConfigError) as error:
+        plan(lists())
+    assert str(error.value).startswith("urls.paths: expected the lists of the earlier runs in their old order and new")
+    assert moved in str(error.value)
+    assert "name the lists in the old order in urls.paths" in str(error.value)
+    named = lists("a.parquet", "c.parquet", "e.parquet", "*.parquet")  # each is taken once
+    assert todo(named) == (["00004"] if not committed else ["00000", "00001", "00003", "00004"])
+
+
+def test_lists_that_are_swapped_removed_or_cut_otherwise_are_not_planned(lists):
+    commit(lists())
+    for job in (lists("c.parquet", "a.parquet"), lists("c.parquet", "e.parquet"), lists(rows_per_unit=9)):
+        with pytest.raises(ConfigError, match="c.parquet renumbered from 00002 to 0000"):
+            plan(job)
+
+
+def test_lists_that_keep_their_numbers_are_planned(lists):
+    commit(lists())
+    assert todo(lists("a.parquet")) == []
+    lists.write("f", 1)
+    assert todo(lists()) == ["00004"]
+    lists.write("c", 4)
+    assert todo(lists()) == ["00002", "00004"]
+    lists.write("f", 7)
+    assert todo(lists(caption_column="")) == ["00000", "00001", "00002", "00003", "00004", "00005"]
+
+
+def test_two_lists_of_one_content_are_planned(lists):
+    lists.write("c", 4)
+    (Path(lists().urls.paths[0]) / "e.parquet").write_bytes((Path(lists().urls.paths[0]) / "c.parquet").read_bytes())
+    commit(lists(), "00002")
+    assert todo(lists()) == ["00000", "00001", "00003"]
 
 
 # Settings
