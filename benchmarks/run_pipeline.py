@@ -1,6 +1,6 @@
 """Images to features, end to end: what the scheduler costs, how it scales, and what one would use instead.
 
-    python -m benchmarks.run_pipeline [--images N] [--rounds K] [--photos TAR ...] [--json FILE]
+    python -m benchmarks.run_pipeline [--images N] [--rounds K] [--ways WAY ...] [--photos TAR ...] [--json FILE]
 
 The same photographs in tars of 100 go through the same small VAE (a miniature: with a real one on a GPU, less of the
 time would be the pipeline's) in these ways, taking turns, A B C A B C, each in a process of its own:
@@ -88,7 +88,9 @@ def make_stage(folder: Path, output: Path, cores: tuple[int, ...] | None) -> Any
 
     torch.set_num_threads(1)
     if cores is not None:
-        os.sched_setaffinity(0, {_take_core(output, cores)})
+        core = _take_core(output, cores)
+        for thread in Path("/proc/self/task").iterdir():  # those that Ray made beforehand, too
+            os.sched_setaffinity(int(thread.name), {core})
     config = ImageFeatures(model=str(folder / "vae"), batch_size=_BATCH)
     return ImageStage(output, Source(paths=[str(folder)]), config, preparation())
 
@@ -278,11 +280,11 @@ def _do_turn(way: str, folder: Path, tars: int) -> Turn:
         return ways[way.split(",")[0]]()
 
 
-def measure(folder: Path, tars: int, rounds: int) -> dict[str, list[Turn]]:
-    """Let all ways take turns."""
-    turns: dict[str, list[Turn]] = {way: [] for way in _WAYS}
+def measure(folder: Path, tars: int, rounds: int, ways: Sequence[str]) -> dict[str, list[Turn]]:
+    """Let ways take turns."""
+    turns: dict[str, list[Turn]] = {way: [] for way in ways}
     for _ in range(rounds):
-        for way in _WAYS:
+        for way in ways:
             turns[way].append(take_turn(way, folder, tars))
     return turns
 
@@ -299,11 +301,11 @@ def table(turns: dict[str, list[Turn]], fewer: Turn) -> str:
     for way, taken in turns.items():
         speed = statistics.median(turn.images_per_s for turn in taken)
         lines.append(f"{way:<22} {speed:>9.1f}  {ratio(turns, way, 'bare'):.2f}")
+    for way, to in (("ray 1, 1 core", "bare, 1 core"), ("ray 2, 1 core each", "ray 1, 1 core")):
+        if way in turns and to in turns:
+            lines.append(f"{way} to {to}: {ratio(turns, way, to):.2f}")
     last = turns["ray 1"][-1]
     lines += [
-        f"ray 1 to bare: {ratio(turns, 'ray 1', 'bare'):.2f}; held to a core each: ray 1 to bare "
-        f"{ratio(turns, 'ray 1, 1 core', 'bare, 1 core'):.2f}, ray 2 to ray 1 "
-        f"{ratio(turns, 'ray 2, 1 core each', 'ray 1, 1 core'):.2f}",
         f"peaks, all images / a quarter: object store {last.store_bytes / 1e6:.1f} / {fewer.store_bytes / 1e6:.1f} MB, "
         f"worker {last.worker_bytes / 1e6:.0f} / {fewer.worker_bytes / 1e6:.0f} MB",
     ]
@@ -317,6 +319,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--photos", type=Path, nargs="*", default=[], help="tars of photographs; else made up")
     parser.add_argument("--json", type=Path, help="write the results there, too")
+    parser.add_argument("--ways", nargs="*", choices=_WAYS[2:], help="only these, beside bare and ray 1")
     parser.add_argument("--turn", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.turn:
@@ -327,7 +330,7 @@ def main() -> None:
         build(folder, args.images, args.photos)
         tars = -(-args.images // _PER_TAR)
         take_turn("bare", folder, max(1, tars // 4))  # warms the page cache
-        turns = measure(folder, tars, args.rounds)
+        turns = measure(folder, tars, args.rounds, [*_WAYS[:2], *(args.ways or _WAYS[2:])])
         fewer = take_turn("ray 1", folder, max(1, tars // 4))
     facts = ", ".join(f"{key} {value}" for key, value in machine().items())
     what = f"{args.images} photographs of {_SIDE_PX[0]} x {_SIDE_PX[1]} px"
