@@ -78,9 +78,9 @@ class Held:
         return {path for path in self.web.asked if path.endswith(".jpg")}
 
 
-@pytest.fixture(params=["local", "s3"])
-def held(request, tmp_path, job_file):
-    output = tmp_path / "out" if request.param == "local" else location(f"{request.getfixturevalue('bucket')}/out")
+@pytest.fixture
+def held(bucket, tmp_path, job_file):
+    output = location(f"{bucket}/out")
     go = threading.Event()
 
     def page(number):
