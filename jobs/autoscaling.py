@@ -7,7 +7,6 @@ spot machine is taken away.
 from typing import Any
 
 from jobs.shape import Parcel, Shape
-from pixart_data.errors import ConfigError
 
 _HEAD_INSTANCE = "m5.2xlarge"
 _IDLE_MINUTES = 5
@@ -22,11 +21,7 @@ def cluster(parcel: Parcel, shape: Shape, instance: str, region: str) -> dict[st
     Raises:
         ConfigError: If no image is named.
     """
-    if not shape.image:
-        raise ConfigError(
-            "--image: expected a container image with the toolkit and Ray in it, found none; build one from the guide "
-            "of clusters, push it, and pass --image REGISTRY/pixart:TAG"
-        )
+    shape.require_image()
     market = {"InstanceMarketOptions": {"MarketType": "spot"}} if shape.is_spot else {}
     profile = {"IamInstanceProfile": {"Name": _PROFILE}} if "s3://" in parcel.job_toml else {}
     start = "RAY_AUTH_MODE=token ray start"

@@ -10,7 +10,6 @@ from importlib.metadata import version
 from typing import Any
 
 from jobs.shape import Parcel, Shape
-from pixart_data.errors import ConfigError
 
 GRACE_S = 60
 _FOLDER = "/etc/pixart"
@@ -33,11 +32,7 @@ def manifests(
     Raises:
         ConfigError: If no image is named.
     """
-    if not shape.image:
-        raise ConfigError(
-            "--image: expected a container image with the toolkit and Ray in it, found none; build one from the guide "
-            "of clusters, push it, and pass --image REGISTRY/pixart:TAG"
-        )
+    shape.require_image()
     return [_config_map(parcel, shape), _ray_job(parcel, shape, labels, command_gpus)]
 
 

@@ -57,6 +57,14 @@ class Shape:
     image: str | None = None
     mounts: tuple[tuple[str, str], ...] = ()
 
+    def require_image(self) -> None:
+        """Raise ConfigError if no container image is named."""
+        if not self.image:
+            raise ConfigError(
+                "--image: expected a container image with the toolkit and Ray in it, found none; build one from the "
+                "guide of clusters, push it, and pass --image REGISTRY/pixart:TAG"
+            )
+
 
 def submit_parser() -> argparse.ArgumentParser:
     """Return the parser of what `submit` itself takes."""

@@ -24,10 +24,8 @@ from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
 from pipelines.cluster import Share
 from pipelines.ending import stopped
-from pipelines.worker import Done, Report, Stage, Work, Worker
+from pipelines.worker import Done, Stage, Work, Worker
 from pixart_data.errors import ConfigError, JobError, PixArtError, TransientError
-
-__all__ = ["Pool", "Report", "Stage", "Watch", "Work"]
 
 log = logging.getLogger(__name__)
 

@@ -150,11 +150,6 @@ def read_records(root: Path) -> dict[str, Record]:
     return records
 
 
-def has_records(root: Path) -> bool:
-    """Tell whether anything was committed under `root`."""
-    return bool(list_files(root / COMMITS))
-
-
 def sweep(root: Path, directories: Iterable[Path], records: Iterable[Record]) -> int:
     """Delete what no record names: temporary files, and published files of attempts that never committed.
 
