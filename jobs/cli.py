@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from jobs.arguments import ARGUMENTS, GIVEN, job_arguments, job_given
 from jobs.shape import WATCHED, submit_parser, watch_parser
 from pixart_data.config import Section, load
 from pixart_data.errors import ConfigError, PixArtError
@@ -71,6 +72,37 @@ COMMANDS = {
     ),
     "verify": Command(
         "re-read every byte and name what is damaged", "jobs.config:Verify", "jobs.verify:verify", example="path=DIR"
+    ),
+    "buckets": Command(
+        "propose a table of buckets for the sizes of your images",
+        "jobs.config:Buckets",
+        "jobs.buckets:buckets",
+        example="resolution_px=512",
+    ),
+    "compact": Command(
+        "gather small shards into large ones, in random order",
+        "pipelines.config:Compact",
+        "jobs.compact:compact",
+        example="shard_bytes=1073741824",
+    ),
+    "diff": Command("compare two datasets", "jobs.config:Diff", "jobs.diff:diff", example="num_samples=10"),
+    "merge": Command("join datasets into one", "jobs.config:Merge", "jobs.merge:merge", example="output=DIR"),
+    "split": Command(
+        "split a dataset into parts, by share or by query",
+        "jobs.config:Split",
+        "jobs.split:split",
+        example="output=DIR",
+    ),
+    "import": Command(
+        "turn features that other tools wrote into a dataset",
+        "pipelines.config:Import",
+        "jobs.interchange:import_features",
+    ),
+    "export": Command(
+        "write a dataset in the layout of another tool",
+        "jobs.config:Export",
+        "jobs.interchange:export_features",
+        example="image_set=256px",
     ),
     "retry": Command(
         "do rejected rows of a finished run again",
@@ -142,7 +174,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         sub = commands.add_parser(name, help=command.help, description=command.help, allow_abbrev=False)
-        _ARGUMENTS.get(name, _job_arguments)(sub)
+        ARGUMENTS.get(name, job_arguments)(sub)
         sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=f"e.g. {command.example}")
         sub.add_argument("--dry-run", action="store_true", help="validate, count the work, print the plan, and stop")
         sub.add_argument("-v", "--verbose", action="store_true", help="say more")
@@ -155,7 +187,7 @@ def parser() -> argparse.ArgumentParser:
 def read_job(args: argparse.Namespace) -> Section:
     """Build a command's job from its file, what was typed by hand, and `--set`."""
     cls: type[Section] = resolve(COMMANDS[args.command].config, COMMANDS[args.command].extra)
-    path, given = _GIVEN.get(args.command, _job_given)(args)
+    path, given = GIVEN.get(args.command, job_given)(args)
     return load(cls, path, args.set, given)
 
 
@@ -173,93 +205,6 @@ def resolve(name: str, extra: str) -> Any:
         if package in PACKAGES:
             raise
         raise ConfigError(f"package {package} is not installed; pip install 'pixart-toolkit[{extra}]'") from error
-
-
-Given = tuple[Path | None, dict[str, Any]]
-
-
-def _job_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("job", nargs="?", type=Path, help="job file (TOML)")
-
-
-def _job_given(args: argparse.Namespace) -> Given:
-    return args.job, {}
-
-
-def _stats_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("paths", nargs="*", help="a job file, or caption tables: PATH or NAME=PATH")
-    sub.add_argument("--column", default="caption", help="the column of tables given by hand (default: caption)")
-    sub.add_argument("--out", help="folder for the report of tables given by hand (default: report)")
-
-
-def _stats_given(args: argparse.Namespace) -> Given:
-    if len(args.paths) == 1 and args.paths[0].endswith(".toml"):
-        return Path(args.paths[0]), {"output": args.out} if args.out else {}
-    sets = []
-    for text in args.paths:
-        name, sign, path = text.partition("=")
-        named = sign and not Path(text).exists()  # `date=3/x.parquet` is a path, not a name
-        given = {"name": name, "path": path} if named else {"name": Path(text).stem, "path": text}
-        sets.append({**given, "column": args.column})
-    return None, {"sets": sets, "output": args.out or "report"}
-
-
-def _path_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("path", help="a job file, or what to look at")
-
-
-def _path_given(args: argparse.Namespace) -> Given:
-    return (Path(args.path), {}) if args.path.endswith(".toml") else (None, {"path": args.path})
-
-
-def _status_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("path", help="an output directory, here or on an object store, or the job file that names it")
-    sub.add_argument("--json", action="store_true", help="print one JSON object")
-
-
-def _status_given(args: argparse.Namespace) -> Given:
-    return None, {"path": args.path, **({"as_json": True} if args.json else {})}
-
-
-def _retry_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("path", help="the output directory of fetch, caption or extract")
-    sub.add_argument("--reason", action="append", default=[], help="only rows rejected for it; may be repeated")
-
-
-def _retry_given(args: argparse.Namespace) -> Given:
-    return None, {"path": args.path, **({"reasons": args.reason} if args.reason else {})}
-
-
-def _sample_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("checkpoint", help="a job file, a checkpoint, or a run for its last checkpoint")
-    sub.add_argument("--prompt", action="append", default=[], help="what to draw; may be repeated")
-    sub.add_argument("--out", help="folder for the images (default: samples)")
-
-
-def _sample_given(args: argparse.Namespace) -> Given:
-    prompts = {"prompts": args.prompt} if args.prompt else {}
-    output = {"output": args.out} if args.out else {}
-    if args.checkpoint.endswith(".toml"):
-        return Path(args.checkpoint), {**prompts, **output}
-    return None, {"checkpoint": args.checkpoint, "output": "samples", **prompts, **output}
-
-
-_ARGUMENTS = {
-    "stats": _stats_arguments,
-    "inspect": _path_arguments,
-    "verify": _path_arguments,
-    "status": _status_arguments,
-    "retry": _retry_arguments,
-    "sample": _sample_arguments,
-}
-_GIVEN = {
-    "stats": _stats_given,
-    "inspect": _path_given,
-    "verify": _path_given,
-    "status": _status_given,
-    "retry": _retry_given,
-    "sample": _sample_given,
-}
 
 
 def _complain(name: str, line: str, exit_code: int) -> None:

@@ -1,8 +1,12 @@
-"""The job files of the commands that look at what is there: `inspect`, `verify`, `status` and `retry`."""
+"""The job files of the commands that do without Ray, and of `retry`."""
 
-from pydantic import Field
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
 
 from pixart_data.config import LocalPath, Section
+
+MOST_BUCKETS = 200
 
 
 class Inspect(Section):
@@ -12,6 +16,8 @@ class Inspect(Section):
     """What to show."""
     num_samples: int = Field(default=3, ge=0)
     """How many samples to show of each part."""
+    html: LocalPath | None = None
+    """Of a dataset: a page to write, with pictures decoded from the stored latents."""
 
 
 class Verify(Section):
@@ -19,6 +25,98 @@ class Verify(Section):
 
     path: LocalPath
     """A dataset, a feature set, or the output directory of a stage."""
+    fast: bool = False
+    """Read the sizes of files, manifests and indexes only."""
+    recompute: int = Field(default=0, ge=0)
+    """Samples to compute again from their sources with the models, and to compare with what is stored."""
+
+
+class Diff(Section):
+    """`pixart diff`: what differs between two datasets, or two feature sets."""
+
+    left: LocalPath
+    """A dataset or a feature set."""
+    right: LocalPath
+    """The one to compare it with."""
+    num_samples: int = Field(default=3, ge=0)
+    """How many samples to name of each difference."""
+
+
+class Merge(Section):
+    """`pixart merge`: datasets with different samples and the same encoders, joined into one."""
+
+    paths: list[LocalPath] = Field(min_length=1)
+    """Datasets; their shards are linked where the file system can, else copied."""
+    output: LocalPath
+    """Folder of the joint dataset."""
+
+
+class Split(Section):
+    """`pixart split`: a dataset into parts, which are datasets over the same shards."""
+
+    path: LocalPath
+    """The dataset."""
+    output: LocalPath
+    """Folder of the parts, each in a folder of its name."""
+    share: dict[str, str] = {}
+    """Random parts and their shares, e.g. `{ train = "0.99", val = "0.01" }`; a sample stays in its part for ever."""
+    where: dict[str, str] = {}
+    """Parts by a query on the image index, e.g. `{ large = "original_height_px >= 1024" }`."""
+
+
+class Export(Section):
+    """`pixart export`: a dataset in the layout of another tool."""
+
+    path: LocalPath
+    """The dataset."""
+    layout: Literal["reference", "mds"]
+    """The PixArt-alpha reference's folders of .npz and .npy files, or MosaicML's MDS."""
+    output: LocalPath
+    """Folder to write to."""
+    image_set: str = "256px"
+    """Name of the image feature set."""
+    text_set: str = "text"
+    """Name of the text feature set."""
+
+
+class Buckets(Section):
+    """`pixart buckets`: a table of buckets for the sizes of your images, and what each choice loses."""
+
+    paths: list[LocalPath] = Field(min_length=1)
+    """Datasets, outputs of `caption`, `fetch` or `filter`, Parquet files with widths and heights, or images as
+    `source.paths` takes them, of which only the headers are read."""
+    resolution_px: Literal[256, 512, 1024] = 256
+    """Side of the square with the area of a canvas."""
+    num_buckets: list[int] = Field(default=[4, 8, 12, 16, 24, 32, 40], min_length=1)
+    """How many canvases to compare; one number alone is a list of it."""
+    batch_size: int = Field(default=32, ge=1)
+    """Samples in a batch of one GPU; a batch is of one canvas."""
+    num_gpus: int = Field(default=8, ge=1)
+    """Each takes a batch of its own and waits for the one with the largest canvas."""
+    multiple_px: int = Field(default=16, ge=16)
+    """Sides of canvases are multiples of this. 16, a latent cell of 8 px times the model's patch of 2, leaves most to
+    choose from; the reference's tables have 16 at 256 px, 32 at 512 and 64 at 1024."""
+    min_area: float = Field(default=0.9, gt=0.0, le=1.0)
+    """Least area of a canvas as a share of the square's; none is larger than the square. The reference's go down to
+    0.9."""
+    max_aspect: float = Field(default=4.0, ge=1.0)
+    """Longer over shorter side of a canvas, at most; images beyond are cropped to it."""
+    table: list[str] | None = Field(default=None, min_length=1)
+    """A table of your own to show beside the others, as `image.buckets` has it."""
+    every: int = Field(default=1, ge=1)
+    """Where headers are read, read every n-th unit only (a tar, or 1,000 files) and count its images n times."""
+
+    @field_validator("num_buckets", mode="before")
+    @classmethod
+    def _from_one(cls, given: Any) -> Any:
+        return [given] if isinstance(given, int) else given
+
+    @field_validator("num_buckets")
+    @classmethod
+    def _are_positive(cls, numbers: list[int]) -> list[int]:
+        if min(numbers) < 1 or max(numbers) > MOST_BUCKETS:
+            raise ValueError(f"expected numbers from 1 to {MOST_BUCKETS}, found {numbers}")
+        return sorted(set(numbers))
 
 
 class Status(Section):

@@ -1,7 +1,7 @@
 """The job files of the stages that run on Ray."""
 
 import re
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -171,3 +171,28 @@ class Extract(Section):
         if self.captions is None:
             return {self.text.set: ""}
         return {self.text.set: self.captions.column, **self.captions.more}
+
+
+class Compact(Section):
+    """`pixart compact`: a dataset with few large shards in place of many small ones, in random order."""
+
+    path: LocalPath
+    """The dataset to read; it stays as it is."""
+    output: LocalPath
+    """Folder of the compacted dataset; run again after `path` has grown, it gains the new samples."""
+    shard_bytes: int = Field(default=512 << 20, ge=1 << 16)
+    """Size that shards are filled up to."""
+    cluster: Cluster = Cluster()
+
+
+class Import(Section):
+    """`pixart import`: features that other tools wrote, as a dataset."""
+
+    path: LocalPath
+    """The folder that the other tool wrote."""
+    layout: Literal["reference", "mds", "diffusers"]
+    """The PixArt-alpha reference's folders of .npz and .npy files, MosaicML's MDS as micro_diffusion fills it, or .pt
+    files of tensors."""
+    output: LocalPath
+    """Folder of the dataset."""
+    cluster: Cluster = Cluster()

@@ -4,7 +4,6 @@ The sets are separate runs with records of their own, so that another resolution
 """
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -15,23 +14,27 @@ import pyarrow.compute as pc
 
 from pipelines.config import Extract
 from pipelines.driver import Account, Plan, Run, execute, make_plan
-from pipelines.features import TEXT_SHARDS, ImageStage, NullCaption, TextStage
+from pipelines.images import ImageStage
+from pipelines.texts import CALIBRATION, NULL_UNIT, PLAIN_CODEC, TEXT_SHARDS, Calibration, NullCaption, TextStage
 from pipelines.worker import Work
-from pixart_data.buckets import bucket_table
+from pixart_data.buckets import bucket_table, size_name
 from pixart_data.canvases import preparation
 from pixart_data.captions import CaptionFile, caption_files, count_captions, require_columns
 from pixart_data.commits import Record, read_table
-from pixart_data.errors import ConfigError
+from pixart_data.config import digest
+from pixart_data.errors import ConfigError, DataError
 from pixart_data.models import identity, require_kind, versions
 from pixart_data.records import IMAGE_INDEX, SCHEMA_VERSION, TEXT_INDEX
+from pixart_data.seals import seal
 from pixart_data.sections import ImageFeatures, Source, TextFeatures
-from pixart_data.shards import INDEX, INDEX_PARTS, Manifest, seal
+from pixart_data.shards import INDEX, INDEX_PARTS, Manifest
 from pixart_data.sources import Unit, count_rows, find_units
-from pixart_data.storage import location
+from pixart_data.storage import is_remote, location
 
 log = logging.getLogger(__name__)
 
 STAGE = "extract"
+_OF_CODEC = ("codec", "measured")  # facts that are not of the model
 _PACKAGES = ("pixart-toolkit", "torch", "transformers", "diffusers", "pillow", "numpy", "pyarrow")
 
 Finish = Callable[[list[Record]], None]
@@ -72,7 +75,6 @@ def _runs(job: Extract) -> Iterator[tuple[Run, Finish]]:
 
 def _image_run(job: Extract, source: Source, config: ImageFeatures) -> tuple[Run, Finish]:
     root = location(job.output) / config.set_name
-    buckets = bucket_table(config.resolution_px)
     require_kind("image.model", config.model, config.subfolder, "Autoencoder")
     decided = {
         "schema": SCHEMA_VERSION,
@@ -81,6 +83,9 @@ def _image_run(job: Extract, source: Source, config: ImageFeatures) -> tuple[Run
             "resolution_px": config.resolution_px,
             "preparation": preparation(),
             "dtype": config.dtype,
+            # Only what is set: sets made before these keys were there are not redone.
+            **({"buckets": [size_name(bucket) for bucket in config.table]} if config.buckets else {}),
+            **({"flips": True} if config.flips else {}),
         },
         "source": source.model_dump(include={"layout", "path_column", "max_image_pixels"}),
     }
@@ -91,11 +96,19 @@ def _image_run(job: Extract, source: Source, config: ImageFeatures) -> tuple[Run
         settings=lambda unit: {**decided, "shard": unit.fingerprint},
         build=partial(ImageStage, root, source, config, preparation()),
         cluster=job.cluster,
-        swept=[root / INDEX_PARTS, *(root / bucket.ratio for bucket in buckets)],
+        swept=[root / INDEX_PARTS, *_bucket_folders(root, config)],
         count=count_rows,
         units_per_worker=2,
     )
     return run, partial(_seal_images, root, config)
+
+
+def _bucket_folders(root: Path, config: ImageFeatures) -> list[Path]:
+    """Name the folders that can hold shards: of the table, of the reference's, and of any table used before."""
+    names = {bucket.ratio for bucket in (*config.table, *bucket_table(config.resolution_px))}
+    if not is_remote(root):
+        names |= {path.name for path in root.glob("*.[0-9][0-9]") if path.is_dir()}
+    return [root / name for name in sorted(names)]
 
 
 def _text_run(job: Extract, config: TextFeatures, column: str) -> tuple[Run, Finish]:
@@ -109,6 +122,7 @@ def _text_run(job: Extract, config: TextFeatures, column: str) -> tuple[Run, Fin
             "max_tokens": config.max_tokens,
             "cleaning": config.cleaning,
             "dtype": config.dtype,
+            **({"codec": config.codec} if config.codec != PLAIN_CODEC else {}),
         },
     }
     units: list[Work] = [NullCaption()]
@@ -123,12 +137,13 @@ def _text_run(job: Extract, config: TextFeatures, column: str) -> tuple[Run, Fin
         decided["source"] = job.source.model_dump(include={"layout", "path_column", "caption_column"})
     else:
         raise ConfigError("captions: required for [text] without [source], and missing; add [captions] with path = ...")
+    calibration = CALIBRATION.replace(".", f"-{digest(decided)[:8]}.")  # another model's is not this one's
     run = Run(
         stage=f"{STAGE} {config.set}",
         root=root,
         units=units,
         settings=lambda unit: {**decided, "shard": unit.fingerprint},
-        build=partial(TextStage, root, job.source, column, config),
+        build=partial(TextStage, root, job.source, column, config, Calibration(calibration, units[1:17])),
         cluster=job.cluster,
         swept=[root / INDEX_PARTS, root / TEXT_SHARDS],
         count=_count_texts,
@@ -152,27 +167,36 @@ def _seal_images(root: Path, config: ImageFeatures, records: list[Record]) -> No
         "preparation": preparation(),
         "colour": "EXIF rotation, ICC to sRGB, alpha over white, 8-bit RGB",
     }
-    shards = _shards(records)
-    num_shards = Counter(Path(shard["path"]).parent.name for shard in shards)
-    num_rows = Counter(_buckets(root, records))
-    table = [
-        {**asdict(bucket), "rows": num_rows[bucket.ratio], "shards": num_shards[bucket.ratio]}
-        for bucket in bucket_table(config.resolution_px)
-    ]
-    manifest = Manifest("image", "moments", "F16", _model(root, records), policy, _counts(records), shards, table)
+    table = [asdict(bucket) for bucket in config.table]
+    manifest = Manifest("image", "moments", "F16", _model(root, records), policy, _counts(records), buckets=table)
     seal(root, records, IMAGE_INDEX, replace(manifest, provenance=versions(*_PACKAGES)))
 
 
 def _seal_texts(root: Path, config: TextFeatures, records: list[Record]) -> None:
     policy = {"cleaning": config.cleaning, "max_tokens": config.max_tokens, "padding": "none stored"}
-    manifest = Manifest("text", "t5", "BF16", _model(root, records), policy, _counts(records), _shards(records))
+    manifest = Manifest("text", "t5", "BF16", _model(root, records), policy, _counts(records), codec=_codec(records))
     seal(root, records, TEXT_INDEX, replace(manifest, provenance=versions(*_PACKAGES)))
 
 
-def _buckets(root: Path, records: list[Record]) -> Iterator[str]:
-    parts = (file.path for record in records for file in record.files if file.path.startswith(f"{INDEX_PARTS}/"))
-    for part in parts:
-        yield from filter(None, read_table(root / part, columns=["bucket"])["bucket"].to_pylist())
+def _codec(records: list[Record]) -> dict[str, Any]:
+    """Join what the units say of the codec, and how exact it was.
+
+    Raises:
+        DataError: If units were calibrated differently: their calibration was lost and made anew.
+    """
+    found = {record.unit: record.facts.get("codec", {"name": PLAIN_CODEC}) for record in records}
+    for unit, codec in found.items():
+        if codec != found[NULL_UNIT]:
+            raise DataError(
+                f"commits/{unit}.json: expected a codec calibrated as {found[NULL_UNIT]}, found {codec}; delete this "
+                f"record and that of {NULL_UNIT} and extract again"
+            )
+    measured = [record.facts["measured"] for record in records if "measured" in record.facts]
+    if not measured:
+        return found[NULL_UNIT]
+    from pixart_data.codecs import merge
+
+    return {**found[NULL_UNIT], "measured": merge(measured)}
 
 
 def _model(root: Path, records: list[Record]) -> dict[str, Any]:
@@ -180,14 +204,10 @@ def _model(root: Path, records: list[Record]) -> dict[str, Any]:
     model: dict[str, Any] = {}
     for record in records:
         for name, value in record.facts.items():
-            if model.setdefault(name, value) != value:
+            if name not in _OF_CODEC and model.setdefault(name, value) != value:
                 log.warning("%s: %s differs between shards, %s and %s: pin a revision", root, name, model[name], value)
     return model
 
 
 def _counts(records: list[Record]) -> dict[str, Any]:
     return asdict(Account.of(records))
-
-
-def _shards(records: list[Record]) -> list[dict[str, Any]]:
-    return [asdict(file) for record in records for file in record.files if file.path.endswith(".tar")]

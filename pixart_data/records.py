@@ -100,6 +100,8 @@ IMAGE_INDEX = pa.schema(
         ("offset_bytes", pa.int64()),  # of the tensor's first byte in the shard
         ("size_bytes", pa.int64()),  # of the tensor
         ("crc32", pa.uint32()),  # of the tensor
+        ("flipped_offset_bytes", pa.int64()),  # of the mirrored image's tensor, which is as large; null: there is none
+        ("flipped_crc32", pa.uint32()),
         ("original_width_px", pa.int32()),  # after the EXIF rotation
         ("original_height_px", pa.int32()),
         ("resized_width_px", pa.int32()),
@@ -116,8 +118,8 @@ TEXT_INDEX = pa.schema(
     [
         ("key", pa.string()),
         ("shard", pa.string()),
-        ("offset_bytes", pa.int64()),
-        ("size_bytes", pa.int64()),
+        ("offset_bytes", pa.int64()),  # of the first tensor; rows with one caption share a member
+        ("size_bytes", pa.int64()),  # of all tensors of the member
         ("crc32", pa.uint32()),
         ("num_tokens", pa.int32()),  # true tokens stored, the end-of-sequence token included
         ("truncated", pa.bool_()),  # the caption was longer than max_tokens

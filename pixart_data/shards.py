@@ -1,15 +1,16 @@
-"""Feature shards: uncompressed WebDataset tars of safetensors members, and the index that addresses every tensor.
+"""Feature shards: uncompressed WebDataset tars of safetensors members, and reading them by position.
 
-A feature set is a directory: `manifest.json` (written last), `index.parquet` (one row for each sample),
-`rejected.parquet`, `commits/`, and the shards. Image sets hold one folder for each bucket. A member is
-`<key>.safetensors` with one tensor:
+A feature set is a directory: `manifest.json` (written last), `index.parquet` (one row for each sample), `entries.bin`
+(the same, for training), `rejected.parquet`, `commits/`, and the shards. Image sets hold one folder for each bucket.
+A member is `<key>.safetensors`:
 
     images  `moments`  F16   (2, C, H, W)   posterior mean and standard deviation, unscaled; H W in latent cells of 8 px
-    text    `t5`       BF16  (n, D)         the n true tokens, never padding
+    text    `t5`       BF16  (n, D)         the n true tokens, never padding; other codecs store several tensors
 
-Any WebDataset reader opens the tars; the index gives offset and length, so that one positioned read fetches a tensor.
-Tensor data starts on a multiple of 64 bytes. Member headers depend on nothing but key, name, type and shape, so a
-reader can rebuild and check every byte of a shard.
+Of mirrored images, `<key>.flipped.safetensors` is of the same shape. Any WebDataset reader opens the tars; the index
+gives offset and length, so that one positioned read fetches a sample. Its tensors lie one after the other from a
+multiple of 64 bytes on. Member headers depend on nothing but key, names, types and shapes, so a reader can rebuild and
+check every byte of a shard.
 """
 
 import contextlib
@@ -17,10 +18,9 @@ import json
 import os
 import tarfile
 import threading
-import zlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,17 +28,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from zlib_ng.zlib_ng import crc32  # the values of zlib's, fifteen times as fast
 
-from pixart_data.commits import MANIFEST, Record, file_sha256, read_table
+from pixart_data.commits import MANIFEST
+from pixart_data.entries import ENTRIES, Entries, map_entries
 from pixart_data.errors import DataError, JobError
-from pixart_data.records import REJECTED
 from pixart_data.retries import storage
-from pixart_data.storage import discard, exists, read_bytes, replace_file, require_local, staging_path, write_atomic
+from pixart_data.storage import discard, exists, read_bytes, require_local
 
 FORMAT = "pixart-features"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 INDEX = "index.parquet"
 REJECTED_FILE = "rejected.parquet"
 INDEX_PARTS = "index"
@@ -46,12 +46,22 @@ INDEX_PARTS = "index"
 _BLOCK = 512
 _ALIGNMENT = 64
 _MAX_OPEN_SHARDS = 64  # for each thread
-_DTYPES: dict[str, npt.DTypeLike] = {"F16": np.float16, "F32": np.float32, "BF16": np.uint16}
+MEMBER = "safetensors"
+FLIPPED_MEMBER = "flipped.safetensors"
+MOMENTS = (("moments", "F16"),)
+
+DTYPES: dict[str, npt.DTypeLike] = {
+    "F16": np.float16, "F32": np.float32, "BF16": np.uint16, "U16": np.uint16, "U8": np.uint8, "I8": np.int8,
+}  # fmt: skip
+"""Of safetensors types; numpy has no bfloat16, so its bits stand for it."""
+
+Tensors = Sequence[tuple[str, str, tuple[int, ...]]]
+"""Name, safetensors type and shape of each tensor of a member."""
 
 
 @dataclass(frozen=True)
 class TensorPlace:
-    """Where a tensor lies in a shard."""
+    """Where the tensors of a member lie in a shard: one after the other."""
 
     offset_bytes: int
     size_bytes: int
@@ -64,12 +74,13 @@ class Manifest:
 
     Attributes:
         kind: "image" or "text".
-        tensor: Name of the tensor in every member, with its safetensors type in `dtype`.
+        tensor: Name of what is stored, "moments" or "t5", with the type that a reader gets of it in `dtype`.
         model: Id, revision and facts of the encoder: scaling factor, channels, width.
         policy: What was done before the encoder: resizing and cropping, or text cleaning and truncation.
-        buckets: Ratio, size, rows and shards of each bucket; empty for text.
-        shards: Path, size_bytes, sha256 of each shard and of the null features.
         counts: rows_in, rows_out and rejected by reason.
+        shards: Path, size_bytes, sha256 and rows of each shard, that of the null features included.
+        buckets: Ratio, size, rows and shards of each bucket of the table; empty for text.
+        codec: How text is stored: `name`, what the codec needs for decoding, and how exact it was measured to be.
     """
 
     kind: str
@@ -78,56 +89,79 @@ class Manifest:
     model: dict[str, Any]
     policy: dict[str, Any]
     counts: dict[str, Any]
-    shards: list[dict[str, Any]]
+    shards: list[dict[str, Any]] = field(default_factory=list)
     buckets: list[dict[str, Any]] = field(default_factory=list)
+    codec: dict[str, Any] = field(default_factory=dict)
     index_sha256: str = ""
+    entries_sha256: str = ""
     rejected_sha256: str = ""
     provenance: dict[str, Any] = field(default_factory=dict)
     format: str = FORMAT
     version: int = FORMAT_VERSION
 
 
-def member_prefix(key: str, tensor: str, dtype: str, shape: Sequence[int]) -> bytes:
-    """Return all bytes of a member that come before its tensor: tar header, safetensors length and header."""
-    size_bytes = int(np.dtype(_DTYPES[dtype]).itemsize * np.prod(shape, dtype=np.int64))
-    entry = {tensor: {"dtype": dtype, "shape": list(shape), "data_offsets": [0, size_bytes]}}
-    header = json.dumps(entry, separators=(",", ":")).encode()
+def member_prefix(key: str, tensors: Tensors, extension: str = MEMBER) -> bytes:
+    """Return all bytes of a member that come before its tensors: tar header, safetensors length and header."""
+    entries: dict[str, Any] = {}
+    end = 0
+    for name, dtype, shape in tensors:
+        start, end = end, end + int(np.dtype(DTYPES[dtype]).itemsize * np.prod(shape, dtype=np.int64))
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-(8 + len(header)) % _ALIGNMENT)
-    info = tarfile.TarInfo(f"{key}.safetensors")
-    info.size = 8 + len(header) + size_bytes
+    info = tarfile.TarInfo(f"{key}.{extension}")
+    info.size = 8 + len(header) + end
     info.mode = 0o444
     return info.tobuf(tarfile.GNU_FORMAT) + len(header).to_bytes(8, "little") + header
 
 
 def tensor_shape(row: Mapping[str, Any], manifest: Manifest) -> tuple[int, ...]:
-    """Return the shape of the tensor that an index row addresses; the index stores no shapes, they follow from it."""
+    """Return the shape of what an index row addresses; the index stores no shapes, they follow from it."""
     if manifest.kind == "image":
         cells = (row["height_px"] // manifest.model["downsampling"], row["width_px"] // manifest.model["downsampling"])
         return (2, manifest.model["channels"], *cells)
     return (row["num_tokens"], manifest.model["width"])
 
 
-class ShardWriter:
-    """Writes one shard, sample by sample; the same samples give the same bytes."""
+def member_tensors(row: Mapping[str, Any], manifest: Manifest) -> Tensors:
+    """Return the tensors of the member that an index row addresses.
 
-    def __init__(self, path: Path, tensor: str, dtype: str) -> None:
-        self.path, self.tensor, self.dtype = path, tensor, dtype
+    Raises:
+        ValueError: If the row's size and number of tokens do not fit each other.
+    """
+    if manifest.kind == "image":
+        return [(manifest.tensor, manifest.dtype, tensor_shape(row, manifest))]
+    from pixart_data.codecs import from_manifest
+
+    codec = from_manifest(manifest.codec, manifest.model["width"], {})
+    return [(part.name, part.dtype, part.shape) for part in codec.parts(row["num_tokens"], row["size_bytes"])]
+
+
+class ShardWriter:
+    """Writes one shard, member by member; the same members give the same bytes.
+
+    `tensors` are the names and safetensors types of the tensors of every member.
+    """
+
+    def __init__(self, path: Path, tensors: Sequence[tuple[str, str]]) -> None:
+        self.path, self.tensors = path, tensors
         self._written = 0
         with storage(path):
             self._file = path.open("wb")
 
-    def add(self, key: str, values: npt.NDArray[Any]) -> TensorPlace:
-        """Append a sample and return where its tensor lies. `values` has the shard's type (BF16 as uint16 bits)."""
-        if values.dtype != _DTYPES[self.dtype]:
-            raise ValueError(f"{key}: expected {self.dtype}, got {values.dtype}")
-        data = np.ascontiguousarray(values).tobytes()
-        prefix = member_prefix(key, self.tensor, self.dtype, values.shape)
-        place = TensorPlace(self._written + len(prefix), len(data), zlib.crc32(data))
-        record = prefix + data
-        record += bytes(-len(record) % _BLOCK)
+    def add(self, key: str, *values: npt.NDArray[Any], extension: str = MEMBER) -> TensorPlace:
+        """Append a member and return where its tensors lie. BF16 comes as its bits, in uint16."""
+        for (name, dtype), array in zip(self.tensors, values, strict=True):
+            if array.dtype != DTYPES[dtype]:
+                raise ValueError(f"{key}: expected {name} in {dtype}, got {array.dtype}")
+        data = b"".join(np.ascontiguousarray(array).tobytes() for array in values)
+        tensors = [(*tensor, array.shape) for tensor, array in zip(self.tensors, values, strict=True)]
+        prefix = member_prefix(key, tensors, extension)
+        place = TensorPlace(self._written + len(prefix), len(data), crc32(data))
         with storage(self.path):
-            self._file.write(record)
-        self._written += len(record)
+            for piece in (prefix, data, bytes(-(len(prefix) + len(data)) % _BLOCK)):
+                self._file.write(piece)
+        self._written += len(prefix) + len(data) + -(len(prefix) + len(data)) % _BLOCK
         return place
 
     def close(self) -> None:
@@ -154,26 +188,44 @@ class ShardWriter:
 
 
 class FeatureSet:
-    """A sealed feature set, opened for reading: manifest, index, and tensors by positioned reads.
+    """A sealed feature set, opened for reading: manifest, index, and samples by positioned reads.
 
-    Thread-safe. Each thread keeps its last few shards open: a shuffled epoch visits tens of thousands.
+    Thread-safe, and picklable: a copy in another process opens the files anew. Each thread keeps its last few shards
+    open: a shuffled epoch visits tens of thousands.
 
     Attributes:
-        index: The index table, or the columns of it that were asked for; at 25M samples captions alone are gigabytes.
+        entries: The records of `entries.bin`, memory-mapped.
+        shards: Paths of the shards by their number, relative to the root.
     """
 
-    def __init__(self, root: Path, columns: list[str] | None = None) -> None:
+    def __init__(self, root: Path) -> None:
         self.root = require_local(root, "training reads local disks and mounts only")
         self.manifest = read_manifest(root)
-        self.index = pq.read_table(root / INDEX, columns=columns)
+        self.entries: Entries = map_entries(root / ENTRIES, self.manifest.kind)
+        self.shards = [str(shard["path"]) for shard in self.manifest.shards]
         self._local = threading.local()
         self._opened: list[OrderedDict[str, int]] = []
+        self._keys: pa.ChunkedArray | None = None
+
+    def __reduce__(self) -> tuple[type["FeatureSet"], tuple[Path]]:
+        return FeatureSet, (self.root,)
 
     def __len__(self) -> int:
-        return int(self.index.num_rows)
+        return len(self.entries)
 
-    def read_into(self, shard: str, offset_bytes: int, buffer: memoryview) -> None:
-        """Fill `buffer`, whose items are single bytes, from a shard with one positioned read.
+    @property
+    def index(self) -> pa.Table:
+        """The index table, read anew at each use; at 25M samples captions alone are gigabytes."""
+        return pq.read_table(self.root / INDEX)
+
+    def keys(self, rows: Sequence[int]) -> list[str]:
+        """Return the keys of rows of the index; the first call reads all keys."""
+        if self._keys is None:
+            self._keys = pq.read_table(self.root / INDEX, columns=["key"])["key"]
+        return [self._keys[int(row)].as_py() for row in rows]
+
+    def read_into(self, shard: str, offset_bytes: int, *buffers: memoryview) -> None:
+        """Fill `buffers`, whose items are single bytes, from a shard with one positioned read.
 
         Raises:
             DataError: If the shard is missing or too short.
@@ -181,18 +233,18 @@ class FeatureSet:
         """
         descriptor = self._descriptor(shard)
         try:
-            num_read = os.preadv(descriptor, [buffer], offset_bytes)
+            num_read = os.preadv(descriptor, buffers, offset_bytes)
         except OSError as error:
             why = f"{error.strerror}; check the storage, then run again"
             raise JobError(f"{self.root / shard}: cannot be read: {why}") from error
-        if num_read != len(buffer):
+        if num_read != sum(map(len, buffers)):
             raise DataError(f"{self.root / shard}: ends early; `pixart verify {self.root}` names the samples lost")
 
     def read_tensor(self, shard: str, offset_bytes: int, size_bytes: int, shape: Sequence[int]) -> npt.NDArray[Any]:
-        """Return a tensor; BF16 comes as uint16 bits, for `torch.Tensor.view(torch.bfloat16)`."""
+        """Return the one tensor of a member; BF16 comes as uint16 bits, for `torch.Tensor.view(torch.bfloat16)`."""
         data = np.empty(size_bytes, np.uint8)
         self.read_into(shard, offset_bytes, data.data)
-        return data.view(_DTYPES[self.manifest.dtype]).reshape(shape)
+        return data.view(DTYPES[self.manifest.dtype]).reshape(shape)
 
     def _descriptor(self, shard: str) -> int:
         opened: OrderedDict[str, int] | None = getattr(self._local, "opened", None)
@@ -237,7 +289,10 @@ def read_manifest(root: Path) -> Manifest:
     kind = (fields.get("format"), fields.get("version")) if isinstance(fields, dict) else (type(fields).__name__, "?")
     if kind != (FORMAT, FORMAT_VERSION):
         found = f"{kind[0]} version {kind[1]}"
-        raise DataError(f"{path}: expected {FORMAT} version {FORMAT_VERSION}, found {found}; extract again")
+        raise DataError(
+            f"{path}: expected {FORMAT} version {FORMAT_VERSION}, found {found}; run `pixart extract` again: of a set "
+            "of an older version it redoes the index alone"
+        )
     try:
         return Manifest(**fields)
     except TypeError as error:
@@ -248,67 +303,3 @@ def feature_sets(root: Path) -> dict[str, Path]:
     """Return the sealed feature sets of a dataset by name; `root` may also be a single set."""
     paths = [root / MANIFEST] if exists(root / MANIFEST) else sorted(root.glob(f"*/{MANIFEST}"))
     return {path.parent.name: path.parent for path in paths if FORMAT.encode() in read_bytes(path)}
-
-
-def seal(root: Path, records: Sequence[Record], schema: pa.Schema, manifest: Manifest) -> Manifest:
-    """Merge the units' index parts into one index and one table of rejected rows, then write the manifest.
-
-    Args:
-        records: The commit records of every unit of the set, in the order the index is to have.
-        schema: `records.IMAGE_INDEX` or `records.TEXT_INDEX`.
-        manifest: Complete but for the two checksums.
-
-    Raises:
-        DataError: If a key occurs twice.
-    """
-    parts = [file.path for record in records for file in record.files if file.path.startswith(f"{INDEX_PARTS}/")]
-    index = _Table(root / INDEX, _without(schema, "error", "detail"))
-    rejected = _Table(root / REJECTED_FILE, REJECTED)
-    keys: list[pa.ChunkedArray] = []
-    for part in parts:
-        table = read_table(root / part, schema=schema)
-        good = table.filter(table["error"].is_null()).select(index.schema.names)
-        index.write(good)
-        rejected.write(table.filter(table["error"].is_valid()).select(REJECTED.names))
-        keys.append(good["key"])
-    _require_distinct(root, keys)
-    sealed = replace(manifest, rejected_sha256=rejected.publish(), index_sha256=index.publish())
-    # Sorted: facts of a model come from a worker in one order, and from a record read again in another.
-    write_atomic(root / MANIFEST, json.dumps(asdict(sealed), indent=1, sort_keys=True).encode())
-    return sealed
-
-
-class _Table:
-    """A Parquet file that is written part by part under a temporary name: an index need not fit into memory."""
-
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
-        self.path, self.schema = path, schema
-        self._staged = staging_path(path.parent, path.name)
-        self._writer = pq.ParquetWriter(self._staged, schema, compression="zstd")
-
-    def write(self, table: pa.Table) -> None:
-        with storage(self.path):
-            self._writer.write_table(table)
-
-    def publish(self) -> str:
-        """Put the file in its place and return its sha256."""
-        with storage(self.path):
-            self._writer.close()
-            sha256 = file_sha256(self._staged)
-            replace_file(self._staged, self.path)
-        return sha256
-
-
-def _without(schema: pa.Schema, *names: str) -> pa.Schema:
-    return pa.schema([column for column in schema if column.name not in names])
-
-
-def _require_distinct(root: Path, keys: list[pa.ChunkedArray]) -> None:
-    chunks = [chunk for column in keys for chunk in column.chunks]
-    counts = pa.chunked_array(chunks, pa.string()).value_counts()
-    twice = counts.filter(pc.greater(counts.field("counts"), 1))
-    if len(twice):
-        raise DataError(
-            f"{root}: key {twice[0]['values']} and {len(twice) - 1} others occur more than once; a feature set holds "
-            "one row for each image: name sources apart with source.root, or keep one caption for each key"
-        )

@@ -22,7 +22,7 @@ from PIL import Image
 from ray import cloudpickle
 
 from jobs import cli
-from pipelines.features import ImageStage
+from pipelines.images import ImageStage
 from pixart_data.commits import read_records
 from pixart_data.storage import list_files, location
 from tests.faults import FaultyProxy

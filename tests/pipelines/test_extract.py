@@ -1,15 +1,25 @@
+import hashlib
+import tarfile
+from dataclasses import replace
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import safetensors.torch
+import torch
 from PIL import Image
+from zlib_ng.zlib_ng import crc32
 
 from pipelines import extract
 from pipelines.config import Extract
-from pipelines.features import ImageStage, NullCaption, TextStage
+from pipelines.images import ImageStage
+from pipelines.texts import NullCaption, TextStage
 from pixart_data import canvases
 from pixart_data.canvases import preparation
-from pixart_data.errors import JobError
+from pixart_data.codecs import from_manifest
+from pixart_data.errors import DataError, JobError
 from pixart_data.sections import ImageFeatures, Source, TextFeatures
+from pixart_data.shards import DTYPES, FeatureSet, tensor_shape
 from pixart_data.sources import find_units
 
 
@@ -126,3 +136,134 @@ def test_a_failed_attempt_at_captions_leaves_no_staged_shard(tmp_path, miniature
         attempts[attempt]()
     assert staged
     assert not staged_files(root)
+
+
+@pytest.fixture
+def captioned(tmp_path):
+    """Six pictures; captions a, b and c, a and b twice, differing in white space only, and one without."""
+    folder = tmp_path / "captioned"
+    folder.mkdir()
+    for name, caption in zip(
+        "uvwxyz", ("a red square", "blue", " a red  square", None, "a green circle", "blue"), strict=True
+    ):
+        Image.new("RGB", (64, 64)).save(folder / f"{name}.png")
+        if caption:
+            (folder / f"{name}.txt").write_text(caption)
+    return Source(paths=[str(folder)])
+
+
+def extract_texts(source, root, model, codec):
+    """What the driver does, in this process."""
+    job = Extract(output=str(root), source=source, text=TextFeatures(model=model, codec=codec))
+    [(run, finish)] = extract._runs(job)
+    stage = run.build()
+    records = [replace(stage(unit, lambda count, num_rejected: None), unit=unit.id) for unit in run.units]
+    finish(records)
+    return FeatureSet(run.root), records
+
+
+def read_bits(features, row):
+    """The features of an index row (n, D), as bits of bf16."""
+    codec = features.manifest.codec
+    path = codec.get("calibration", {}).get("path")
+    tables = safetensors.torch.load_file(features.root / path) if path else {}
+    codec = from_manifest(codec, features.manifest.model["width"], tables)
+    data = np.empty(row["size_bytes"], np.uint8)
+    features.read_into(row["shard"], row["offset_bytes"], data.data)
+    arrays, start = [], 0
+    for part in codec.parts(row["num_tokens"], row["size_bytes"]):
+        arrays.append(data[start : start + part.size_bytes].view(DTYPES[part.dtype]).reshape(part.shape))
+        start += part.size_bytes
+    return codec.decode_arrays(arrays)
+
+
+def test_equal_captions_are_encoded_and_stored_once(captioned, tmp_path, miniatures):
+    features, _ = extract_texts(captioned, tmp_path / "set", miniatures["t5"], "bf16")
+    rows = {row["key"].split("/")[-1]: row for row in features.index.to_pylist()}
+    assert list(rows) == ["u", "v", "w", "y", "z"]
+    places = {name: (row["shard"], row["offset_bytes"], row["crc32"]) for name, row in rows.items()}
+    assert places["u"] == places["w"]
+    assert places["v"] == places["z"]
+    assert len(set(places.values())) == 3
+    assert rows["u"]["caption"] == rows["w"]["caption"] == "a red square"
+    [shard] = {row["shard"] for row in rows.values()}
+    with tarfile.open(features.root / shard) as tar:
+        assert [name.split("/")[-1] for name in tar.getnames()] == [f"{n}.safetensors" for n in "uvy"]
+
+
+@pytest.mark.parametrize("codec", ["bf16-packed", "int8"])
+def test_codecs_store_the_same_features_in_fewer_bytes(captioned, tmp_path, miniatures, codec):
+    plain, _ = extract_texts(captioned, tmp_path / "plain", miniatures["t5"], "bf16")
+    coded, records = extract_texts(captioned, tmp_path / "coded", miniatures["t5"], codec)
+    for row, smaller in zip(plain.index.to_pylist(), coded.index.to_pylist(), strict=True):
+        assert (row["key"], row["num_tokens"]) == (smaller["key"], smaller["num_tokens"])
+        assert smaller["size_bytes"] < (0.9 if codec == "bf16-packed" else 0.6) * row["size_bytes"]
+        wanted, found = read_bits(plain, row), read_bits(coded, smaller)
+        if codec == "bf16-packed":
+            assert torch.equal(wanted.view(torch.int16), found.view(torch.int16))
+        else:
+            error = (found.float() - wanted.float()).norm() / wanted.float().norm()
+            assert 0 < error < 0.01
+    facts = coded.manifest.codec
+    assert facts["name"] == codec
+    data = (coded.root / facts["calibration"]["path"]).read_bytes()
+    assert hashlib.sha256(data).hexdigest() == facts["calibration"]["sha256"]
+    if codec == "int8":
+        distinct = {row["caption"]: row["num_tokens"] for row in coded.index.to_pylist()}
+        assert facts["measured"]["num_tokens"] == sum(distinct.values())
+        assert 0 < facts["measured"]["channel_error"] < 0.02
+        assert facts["measured"] == records[1].facts["measured"]
+    else:
+        assert "measured" not in facts
+
+
+def test_a_set_whose_calibration_was_lost_and_made_anew_is_not_sealed(captioned, tmp_path, miniatures):
+    _, records = extract_texts(captioned, tmp_path / "set", miniatures["t5"], "int8")
+    lost = {**records[1].facts["codec"], "calibration": {"path": "codec.safetensors", "sha256": "other"}}
+    records[1] = replace(records[1], facts={**records[1].facts, "codec": lost})
+    with pytest.raises(DataError, match="expected a codec calibrated as .* delete this record"):
+        extract._codec(records)
+
+
+def test_a_codec_without_any_caption_to_calibrate_on_is_refused(tmp_path, miniatures):
+    (tmp_path / "bare").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "bare" / "a.png")
+    source = Source(paths=[str(tmp_path / "bare")])
+    with pytest.raises(DataError, match="no caption in the first 1 shards to calibrate codec int8"):
+        extract_texts(source, tmp_path / "set", miniatures["t5"], "int8")
+
+
+def test_flips_are_the_posteriors_of_the_mirrored_images(photographs, tmp_path, miniatures):
+    mirrored = tmp_path / "mirrored"
+    mirrored.mkdir()
+    Image.open(photographs / "plain.png").transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(mirrored / "plain.png")
+    for name in ("plain.jpg", "turned.jpg"):
+        (photographs / name).unlink()
+    sets = {}
+    for name, folder, flips in (("both", photographs, True), ("other", mirrored, False)):
+        image = ImageFeatures(model=miniatures["vae"], flips=flips)
+        job = Extract(output=str(tmp_path / name), source=Source(paths=[str(folder)]), image=image)
+        [(run, finish)] = extract._runs(job)
+        stage = run.build()
+        finish([replace(stage(unit, lambda count, num_rejected: None), unit=unit.id) for unit in run.units])
+        sets[name] = FeatureSet(run.root)
+    [both], [other] = (sets[name].index.to_pylist() for name in sets)
+    assert other["flipped_offset_bytes"] is None
+    shape = tensor_shape(both, sets["both"].manifest)
+    flipped = sets["both"].read_tensor(both["shard"], both["flipped_offset_bytes"], both["size_bytes"], shape)
+    plain = sets["other"].read_tensor(other["shard"], other["offset_bytes"], other["size_bytes"], shape)
+    np.testing.assert_array_equal(flipped, plain)
+    assert crc32(flipped.tobytes()) == both["flipped_crc32"]
+    assert sets["both"].entries["flipped_offset"][0] == both["flipped_offset_bytes"]
+
+
+def test_keys_that_are_not_set_redo_nothing(photographs, tmp_path, miniatures):
+    """Sets made before these keys were there must not be made again."""
+    source = Source(paths=[str(photographs)])
+    job = Extract(
+        output=str(tmp_path), source=source, image=ImageFeatures(model=miniatures["vae"]),
+        text=TextFeatures(model=miniatures["t5"]),
+    )  # fmt: skip
+    image, text = (run.settings(run.units[-1]) for run, _ in extract._runs(job))
+    assert not {"flips", "buckets"} & image["image"].keys()
+    assert "codec" not in text["text"]

@@ -437,14 +437,14 @@ def caption_stage(source, model, root):
 
 
 def image_stage(source, model, root):
-    from pipelines.features import ImageStage
+    from pipelines.images import ImageStage
     from pixart_data.sections import ImageFeatures
 
     return ImageStage(root, source, ImageFeatures(model=model, batch_size=2))
 
 
 def text_stage(source, model, root):
-    from pipelines.features import TextStage
+    from pipelines.texts import TextStage
     from pixart_data.sections import TextFeatures
 
     return TextStage(root, source, "", TextFeatures(model=model))
@@ -467,7 +467,7 @@ def source(pictures, tmp_path):
 def test_a_stage_on_ray_is_the_stage_called_directly(miniatures, source, tmp_path, monkeypatch, build, model):
     import torch
 
-    from pipelines.features import NullCaption
+    from pipelines.texts import NullCaption
     from pixart_data.sources import find_units
 
     threads = torch.get_num_threads()

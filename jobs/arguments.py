@@ -1,0 +1,202 @@
+"""What each command takes on its command line besides the options that all have, and what that says of its job."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+Given = tuple[Path | None, dict[str, Any]]
+
+
+def job_arguments(sub: argparse.ArgumentParser) -> None:
+    """Take a job file."""
+    sub.add_argument("job", nargs="?", type=Path, help="job file (TOML)")
+
+
+def job_given(args: argparse.Namespace) -> Given:
+    """Return the job file."""
+    return args.job, {}
+
+
+def _stats_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("paths", nargs="*", help="a job file, or caption tables: PATH or NAME=PATH")
+    sub.add_argument("--column", default="caption", help="the column of tables given by hand (default: caption)")
+    sub.add_argument("--out", help="folder for the report of tables given by hand (default: report)")
+
+
+def _stats_given(args: argparse.Namespace) -> Given:
+    if len(args.paths) == 1 and args.paths[0].endswith(".toml"):
+        return Path(args.paths[0]), {"output": args.out} if args.out else {}
+    sets = []
+    for text in args.paths:
+        name, sign, path = text.partition("=")
+        named = sign and not Path(text).exists()  # `date=3/x.parquet` is a path, not a name
+        given = {"name": name, "path": path} if named else {"name": Path(text).stem, "path": text}
+        sets.append({**given, "column": args.column})
+    return None, {"sets": sets, "output": args.out or "report"}
+
+
+def _path_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("path", help="a job file, or what to look at")
+
+
+def _inspect_arguments(sub: argparse.ArgumentParser) -> None:
+    _path_arguments(sub)
+    sub.add_argument("--html", metavar="FILE", help="write a page with pictures, of a dataset")
+
+
+def _inspect_given(args: argparse.Namespace) -> Given:
+    path, given = _path_given(args)
+    return path, {**given, **({"html": args.html} if args.html else {})}
+
+
+def _verify_arguments(sub: argparse.ArgumentParser) -> None:
+    _path_arguments(sub)
+    sub.add_argument("--fast", action="store_true", help="read sizes and indexes only, not every byte")
+    sub.add_argument("--recompute", type=int, metavar="K", help="compute K samples again and compare")
+
+
+def _verify_given(args: argparse.Namespace) -> Given:
+    path, given = _path_given(args)
+    recompute = {} if args.recompute is None else {"recompute": args.recompute}
+    return path, {**given, **({"fast": True} if args.fast else {}), **recompute}
+
+
+def _buckets_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("paths", nargs="+", help="a job file; or datasets, captions, tables with sizes, or images")
+
+
+def _buckets_given(args: argparse.Namespace) -> Given:
+    if len(args.paths) == 1 and args.paths[0].endswith(".toml"):
+        return Path(args.paths[0]), {}
+    return None, {"paths": args.paths}
+
+
+def _compact_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("path", help="a job file, or the dataset")
+    sub.add_argument("--out", help="folder of the compacted dataset")
+
+
+def _compact_given(args: argparse.Namespace) -> Given:
+    path, given = _path_given(args)
+    return path, {**given, **_out(args)}
+
+
+def _diff_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("left", help="a dataset or a feature set")
+    sub.add_argument("right", help="the one to compare it with")
+
+
+def _diff_given(args: argparse.Namespace) -> Given:
+    return None, {"left": args.left, "right": args.right}
+
+
+def _merge_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("paths", nargs="+", help="a job file, or datasets")
+    sub.add_argument("--out", help="folder of the joint dataset")
+
+
+def _merge_given(args: argparse.Namespace) -> Given:
+    path, given = _buckets_given(args)
+    return path, {**given, **_out(args)}
+
+
+def _split_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("path", help="a job file, or the dataset")
+    sub.add_argument("--out", help="folder of the parts, which are datasets")
+    sub.add_argument("--share", action="append", default=[], metavar="NAME=SHARE", help="a random part; repeat it")
+    sub.add_argument("--where", action="append", default=[], metavar="NAME=QUERY", help="a part by query; repeat it")
+
+
+def _split_given(args: argparse.Namespace) -> Given:
+    path, given = _path_given(args)
+    parts = {name: dict(part.partition("=")[::2] for part in getattr(args, name)) for name in ("share", "where")}
+    return path, {**given, **_out(args), **{name: part for name, part in parts.items() if part}}
+
+
+def _import_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("path", help="a job file, or the folder that the other tool wrote")
+    sub.add_argument("--from", dest="layout", help="whose layout it has: reference, mds or diffusers")
+    sub.add_argument("--out", help="folder of the dataset")
+
+
+def _export_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("path", help="a job file, or the dataset")
+    sub.add_argument("--to", dest="layout", help="whose layout to write: reference or mds")
+    sub.add_argument("--out", help="folder to write to")
+
+
+def _interchange_given(args: argparse.Namespace) -> Given:
+    path, given = _path_given(args)
+    return path, {**given, **({"layout": args.layout} if args.layout else {}), **_out(args)}
+
+
+def _out(args: argparse.Namespace) -> dict[str, Any]:
+    return {"output": args.out} if args.out else {}
+
+
+def _path_given(args: argparse.Namespace) -> Given:
+    return (Path(args.path), {}) if args.path.endswith(".toml") else (None, {"path": args.path})
+
+
+def _status_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("path", help="an output directory, here or on an object store, or the job file that names it")
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _status_given(args: argparse.Namespace) -> Given:
+    return None, {"path": args.path, **({"as_json": True} if args.json else {})}
+
+
+def _retry_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("path", help="the output directory of fetch, caption or extract")
+    sub.add_argument("--reason", action="append", default=[], help="only rows rejected for it; may be repeated")
+
+
+def _retry_given(args: argparse.Namespace) -> Given:
+    return None, {"path": args.path, **({"reasons": args.reason} if args.reason else {})}
+
+
+def _sample_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("checkpoint", help="a job file, a checkpoint, or a run for its last checkpoint")
+    sub.add_argument("--prompt", action="append", default=[], help="what to draw; may be repeated")
+    sub.add_argument("--out", help="folder for the images (default: samples)")
+
+
+def _sample_given(args: argparse.Namespace) -> Given:
+    prompts = {"prompts": args.prompt} if args.prompt else {}
+    output = {"output": args.out} if args.out else {}
+    if args.checkpoint.endswith(".toml"):
+        return Path(args.checkpoint), {**prompts, **output}
+    return None, {"checkpoint": args.checkpoint, "output": "samples", **prompts, **output}
+
+
+ARGUMENTS = {
+    "stats": _stats_arguments,
+    "inspect": _inspect_arguments,
+    "verify": _verify_arguments,
+    "buckets": _buckets_arguments,
+    "compact": _compact_arguments,
+    "diff": _diff_arguments,
+    "merge": _merge_arguments,
+    "split": _split_arguments,
+    "import": _import_arguments,
+    "export": _export_arguments,
+    "status": _status_arguments,
+    "retry": _retry_arguments,
+    "sample": _sample_arguments,
+}
+GIVEN = {
+    "stats": _stats_given,
+    "inspect": _inspect_given,
+    "verify": _verify_given,
+    "buckets": _buckets_given,
+    "compact": _compact_given,
+    "diff": _diff_given,
+    "merge": _merge_given,
+    "split": _split_given,
+    "import": _interchange_given,
+    "export": _interchange_given,
+    "status": _status_given,
+    "retry": _retry_given,
+    "sample": _sample_given,
+}
