@@ -184,7 +184,7 @@ def _codec(records: list[Record]) -> dict[str, Any]:
     Raises:
         DataError: If units were calibrated differently: their calibration was lost and made anew.
     """
-    found = {record.unit: record.facts.get("codec", {"name": PLAIN_CODEC}) for record in records}
+    found: dict[str, dict[str, Any]] = {r.unit: r.facts.get("codec", {"name": PLAIN_CODEC}) for r in records}
     for unit, codec in found.items():
         if codec != found[NULL_UNIT]:
             raise DataError(

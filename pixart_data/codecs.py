@@ -75,9 +75,8 @@ class Codec(ABC):
 
     width: int
     table: npt.NDArray[Any] | None = None
-    _placed: dict[tuple[str, "torch.device"], "Tensor"] = field(
-        init=False, repr=False, default_factory=dict
-    )  # tables, on the devices that they were needed on
+    # What follows from the table, on the devices where it was needed.
+    _placed: dict[tuple[str, "torch.device"], "Tensor"] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 0 < self.width < _LIMIT:
@@ -152,7 +151,7 @@ class Codec(ABC):
             starts: int64 (K,), of each rare value the first token of its caption; None if the batch is one caption.
 
         Returns:
-            bf16 (N, D).
+            bf16 (N, D); of codec bf16 the very tensor that came.
         """
 
     def decode_arrays(self, arrays: Sequence[npt.NDArray[Any]]) -> "Tensor":
@@ -267,7 +266,7 @@ class _Int8(Codec):
         import torch
 
         y = features.float() / self._table("channel_scale", features.device)
-        y = y.view(self._grouped(len(y)))  # (n, G, group)
+        y = y.reshape(self._grouped(len(y)))  # (n, G, group)
         top = y.abs().amax(dim=2)  # (n, G)
         if not bool(top.isfinite().all()):
             raise ValueError("codec int8: expected finite features, found others; reject the caption")

@@ -3,7 +3,6 @@
 Everything is written part by part: an index need not fit into memory.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,13 +13,14 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pixart_data.commits import MANIFEST, Record, file_sha256, read_table
+from pixart_data.commits import COMMITS, MANIFEST, Record, file_sha256, read_table
+from pixart_data.config import digest
 from pixart_data.entries import ENTRIES, Entries, checks, entry_type, key_hashes
 from pixart_data.errors import DataError
 from pixart_data.records import REJECTED
 from pixart_data.retries import storage
-from pixart_data.shards import INDEX, INDEX_PARTS, REJECTED_FILE, Manifest
-from pixart_data.storage import discard, replace_file, scratch_file, staging_path, write_atomic
+from pixart_data.shards import INDEX, INDEX_PARTS, REJECTED_FILE, Manifest, manifest_bytes
+from pixart_data.storage import discard, exists, replace_file, scratch_file, staging_path, write_atomic
 
 
 def seal(root: Path, records: Sequence[Record], schema: pa.Schema, manifest: Manifest) -> Manifest:
@@ -36,7 +36,8 @@ def seal(root: Path, records: Sequence[Record], schema: pa.Schema, manifest: Man
     """
     files = [file for record in records for file in record.files]
     parts = [file.path for file in files if file.path.startswith(f"{INDEX_PARTS}/")]
-    manifest = replace(manifest, shards=[asdict(file) for file in files if file.path.endswith(".tar")])
+    shards = [asdict(file) for file in files if file.path.endswith(".tar")]
+    manifest = replace(manifest, shards=shards, records=_digests(root, records))
     index = TableFile(root / INDEX, without(schema, "error", "detail"))
     rejected = TableFile(root / REJECTED_FILE, REJECTED)
     try:
@@ -84,7 +85,7 @@ class TableFile:
 class EntryFile:
     """`entries.bin` in the making: parts come in the order of the index, records leave in that of the shards.
 
-    All rows of a shard must be in one part. To be used in a `with`: what was not published does not outlast it.
+    To be used in a `with`: what was not published does not outlast it.
     """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
@@ -95,6 +96,7 @@ class EntryFile:
         self.rows_of = np.zeros(len(manifest.shards), np.int64)
         self._bucket_of_shard = np.zeros(len(manifest.shards), np.int64)
         self._lengths: list[int] = []
+        self._num_rows = 0
         self._scratch = scratch_file(path.name)
 
     def __enter__(self) -> "EntryFile":
@@ -105,13 +107,17 @@ class EntryFile:
 
     def add(self, table: pa.Table) -> None:
         """Append the rows of an index part."""
-        records = entries_of(table, self.shard_of, self.bucket_of, sum(self._lengths))
+        self.add_records(entries_of(table, self.shard_of, self.bucket_of, self._num_rows))
+
+    def add_records(self, records: Entries) -> None:
+        """Append the records of the rows that follow; they need no order among themselves, and no checks yet."""
         records = records[np.lexsort((records["row"], records["offset"], records["shard"]))]
         records["check"] = checks(records)
         if self.manifest.kind == "image":
             self._bucket_of_shard[records["shard"]] = records["bucket"]
         self.rows_of += np.bincount(records["shard"], minlength=len(self.rows_of))
         self._lengths.append(len(records))
+        self._num_rows += len(records)
         with storage(self._scratch), self._scratch.open("ab") as file:
             records.tofile(file)
 
@@ -137,16 +143,23 @@ class EntryFile:
         return sha256
 
     def _write(self, staged: Path) -> None:
-        if not sum(self._lengths):
+        if not self._num_rows:
             return
-        records = np.memmap(staged, self.dtype, "w+", shape=(sum(self._lengths),))
+        records = np.memmap(staged, self.dtype, "w+", shape=(self._num_rows,))
         order = np.lexsort((np.arange(len(self.rows_of)), self._bucket_of_shard))
         starts = np.zeros(len(order), np.int64)
         starts[order] = np.cumsum(self.rows_of[order]) - self.rows_of[order]
+        filled, num_parts = np.zeros(len(order), np.int64), np.zeros(len(order), np.int64)
         for part in self._parts():
             shards, firsts, counts = np.unique(part["shard"], return_index=True, return_counts=True)
             for shard, first, count in zip(shards, firsts, counts, strict=True):
-                records[starts[shard] : starts[shard] + count] = part[first : first + count]
+                end = starts[shard] + filled[shard]
+                records[end : end + count] = part[first : first + count]
+            filled[shards] += counts
+            num_parts[shards] += 1
+        for shard in np.flatnonzero(num_parts > 1):
+            own = records[starts[shard] : starts[shard] + filled[shard]]
+            own[:] = own[np.lexsort((own["row"], own["offset"]))]
         records.flush()
 
     def _parts(self) -> Iterator[Entries]:
@@ -184,9 +197,15 @@ def publish_seal(root: Path, manifest: Manifest, index: TableFile, rejected: Tab
         entries_sha256=entries.publish(),
         index_sha256=index.publish(),
     )
-    # Sorted: facts of a model come from a worker in one order, and from a record read again in another.
-    write_atomic(root / MANIFEST, json.dumps(asdict(sealed), indent=1, sort_keys=True).encode())
+    write_atomic(root / MANIFEST, manifest_bytes(sealed))
     return sealed
+
+
+def _digests(root: Path, records: Sequence[Record]) -> dict[str, str]:
+    """Return the digests of records that lie beside the set; what is sealed from others' shards has none there."""
+    if not records or not exists(root / COMMITS / f"{records[0].unit}.json"):
+        return {}
+    return {record.unit: digest(asdict(record)) for record in records}
 
 
 def without(schema: pa.Schema, *names: str) -> pa.Schema:

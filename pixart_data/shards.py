@@ -20,10 +20,10 @@ import tarfile
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,7 @@ import pyarrow.parquet as pq
 from zlib_ng.zlib_ng import crc32  # the values of zlib's, fifteen times as fast
 
 from pixart_data.commits import MANIFEST
+from pixart_data.config import digest
 from pixart_data.entries import ENTRIES, Entries, map_entries
 from pixart_data.errors import DataError, JobError
 from pixart_data.retries import storage
@@ -81,6 +82,8 @@ class Manifest:
         shards: Path, size_bytes, sha256 and rows of each shard, that of the null features included.
         buckets: Ratio, size, rows and shards of each bucket of the table; empty for text.
         codec: How text is stored: `name`, what the codec needs for decoding, and how exact it was measured to be.
+        records: Of the commit records that the set was sealed from, by unit, the digest of each; empty where it has
+            none of its own.
     """
 
     kind: str
@@ -95,6 +98,7 @@ class Manifest:
     index_sha256: str = ""
     entries_sha256: str = ""
     rejected_sha256: str = ""
+    records: dict[str, str] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     format: str = FORMAT
     version: int = FORMAT_VERSION
@@ -187,6 +191,21 @@ class ShardWriter:
             self._file.close()
 
 
+class MemberPlaces(NamedTuple):
+    """Where the members of a batch lie: numbers of shards, offsets in bytes of their tensors, and CRC-32 of these."""
+
+    shards: Sequence[int]
+    offsets: Sequence[int]
+    checksums: Sequence[int]
+
+
+class BatchBuffer(NamedTuple):
+    """Memory for one tensor of each sample of a batch: that of sample i goes to `data[bounds[i] : bounds[i + 1]]`."""
+
+    data: memoryview
+    bounds: Sequence[int]
+
+
 class FeatureSet:
     """A sealed feature set, opened for reading: manifest, index, and samples by positioned reads.
 
@@ -240,6 +259,39 @@ class FeatureSet:
         if num_read != sum(map(len, buffers)):
             raise DataError(f"{self.root / shard}: ends early; `pixart verify {self.root}` names the samples lost")
 
+    def read_batch(self, places: MemberPlaces, buffers: Sequence[BatchBuffer]) -> dict[int, DataError]:
+        """Fill buffers with the tensors of members, checking each member against its checksum.
+
+        Args:
+            places: Of the members.
+            buffers: One for each tensor of a member, in their order there.
+
+        Returns:
+            What is wrong with members that are damaged or missing, by their place in the batch; the buffers are of no
+            use there.
+
+        Raises:
+            JobError: If the storage fails.
+        """
+        wrong = {}
+        for i, (number, offset_bytes, checksum) in enumerate(zip(*places, strict=True)):
+            shard = self.shards[number]
+            pieces = [data[bounds[i] : bounds[i + 1]] for data, bounds in buffers]
+            try:
+                self.read_into(shard, offset_bytes, *pieces)
+            except DataError as error:
+                wrong[i] = error
+                continue
+            found = 0
+            for piece in pieces:
+                found = crc32(piece, found)
+            if found != checksum:
+                wrong[i] = DataError(
+                    f"{self.root / shard}: damaged at byte {offset_bytes:,}: its checksum differs from the index; "
+                    f"`pixart verify {self.root}` names all such samples"
+                )
+        return wrong
+
     def read_tensor(self, shard: str, offset_bytes: int, size_bytes: int, shape: Sequence[int]) -> npt.NDArray[Any]:
         """Return the one tensor of a member; BF16 comes as uint16 bits, for `torch.Tensor.view(torch.bfloat16)`."""
         data = np.empty(size_bytes, np.uint8)
@@ -273,11 +325,18 @@ class FeatureSet:
                 os.close(opened.popitem()[1])
 
 
+def manifest_bytes(manifest: Manifest) -> bytes:
+    """Return the content of `manifest.json`, with a digest of itself: nothing else sees a flipped bit."""
+    fields = asdict(manifest)
+    # Sorted: facts of a model come from a worker in one order, and from a record read again in another.
+    return json.dumps({**fields, "digest": digest(fields)}, indent=1, sort_keys=True).encode()
+
+
 def read_manifest(root: Path) -> Manifest:
     """Return the manifest of the feature set at `root`.
 
     Raises:
-        DataError: If there is none, or it is of another format or version.
+        DataError: If there is none, it is damaged, or it is of another format or version.
     """
     path = root / MANIFEST
     try:
@@ -292,6 +351,10 @@ def read_manifest(root: Path) -> Manifest:
         raise DataError(
             f"{path}: expected {FORMAT} version {FORMAT_VERSION}, found {found}; run `pixart extract` again: of a set "
             "of an older version it redoes the index alone"
+        )
+    if fields.pop("digest", None) != digest(fields):
+        raise DataError(
+            f"{path}: damaged or edited: it does not fit its own digest; run `pixart extract` again to rewrite it"
         )
     try:
         return Manifest(**fields)

@@ -49,7 +49,8 @@ def untouched(before):
 
 def leftovers(root):
     named = {root / file.path for record in read_records(root).values() for file in record.files}
-    known = {"job.toml", "status.json", "summary.html", "manifest.json", "index.parquet", "rejected.parquet"}
+    known = {"job.toml", "status.json", "summary.html", "manifest.json"}
+    known |= {"index.parquet", "entries.bin", "rejected.parquet"}
     files = {path for path in root.rglob("*") if path.is_file() and path.parent.name not in ("commits", ".lease")}
     return {path for path in files - named if path.name not in known}
 

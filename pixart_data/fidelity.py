@@ -1,0 +1,89 @@
+"""How far decoded text features are from the original ones, measured batch by batch and joined over units.
+
+Legend: N tokens of a batch, D text width.
+"""
+
+import base64
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Measure:
+    """Adds up how far decoded features are from the original ones."""
+
+    def __init__(self) -> None:
+        self._num_tokens = 0
+        # fp64, over tokens: squares (2, D) of the errors and of the originals, sum of the cosines, lowest cosine.
+        self._sums: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def add(self, original: "Tensor", decoded: "Tensor") -> None:
+        """Compare the tokens of a batch: both (N, D), finite, on one device, which is not waited for."""
+        import torch
+
+        if not len(original):
+            return
+        x, y = original.double(), decoded.double()
+        of_x, of_y = x.square(), y.square()
+        squares = torch.stack([(y - x).square_().sum(dim=0), of_x.sum(dim=0)])
+        long_x, long_y = of_x.sum(dim=1).sqrt_(), of_y.sum(dim=1).sqrt_()  # (N,)
+        alike = (long_x == long_y).double()  # what zeros are to zeros, and to others
+        cosines = torch.where(long_x * long_y > 0, (x * y).sum(dim=1) / (long_x * long_y), alike)
+        total, lowest = cosines.sum(), cosines.min()
+        if self._sums is not None:
+            before = [sums.to(x.device) for sums in self._sums]
+            squares, total, lowest = squares + before[0], total + before[1], torch.minimum(lowest, before[2])
+        self._num_tokens += len(x)
+        self._sums = squares, total, lowest
+
+    def facts(self) -> dict[str, Any]:
+        """Return the figures; they go into JSON and can be merged.
+
+        Returns:
+            `num_tokens`. `relative_error`: |decoded - original| / |original| over all values, which the largest
+            channels decide. `cosine_mean`, `cosine_lowest`: of the angle between them, over tokens. `channel_error`:
+            the relative error after dividing each channel by its rms, what a model sees that rescales channels;
+            `worst_channel_error`: of the worst channel. `channel_norms`: |decoded - original| and |original| of each
+            channel, little-endian fp32 (2, D) in base 64, which is what `merge` needs.
+        """
+        if self._sums is None:
+            return merge([])
+        squares, total, lowest = self._sums
+        norms: npt.NDArray[np.float64] = squares.sqrt().cpu().numpy()
+        return _facts(self._num_tokens, total.item() / self._num_tokens, lowest.item(), norms)
+
+
+def merge(measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Join the facts of several measures into those of one that had measured all; see `Measure.facts`."""
+    some = [facts for facts in measured if facts["num_tokens"]]
+    if not some:
+        return _facts(0, 1.0, 1.0, np.zeros((2, 0)))
+    num_tokens = sum(facts["num_tokens"] for facts in some)
+    mean = sum(facts["cosine_mean"] * facts["num_tokens"] for facts in some) / num_tokens
+    norms = [np.frombuffer(base64.b64decode(facts["channel_norms"]), "<f4").astype(np.float64) for facts in some]
+    joined = np.sqrt(np.square(norms).sum(axis=0)).reshape(2, -1)
+    return _facts(num_tokens, mean, min(facts["cosine_lowest"] for facts in some), joined)
+
+
+def _facts(num_tokens: int, mean: float, lowest: float, norms: npt.NDArray[np.float64]) -> dict[str, Any]:
+    """Return the figures; `norms` (2, D) are of the errors and of the originals of each channel."""
+    stored = norms.astype("<f4")
+    error, original = stored.astype(np.float64)
+    live = original > 0  # a channel that is zero throughout stays zero, and has no rms to divide by
+    ratios = np.square(error[live] / original[live])
+    size = float(np.linalg.norm(original))
+    return {
+        "num_tokens": num_tokens,
+        "relative_error": float(np.linalg.norm(error)) / size if size else 0.0,
+        "cosine_mean": mean,
+        "cosine_lowest": lowest,
+        "channel_error": math.sqrt(ratios.mean()) if len(ratios) else 0.0,
+        "worst_channel_error": math.sqrt(ratios.max(initial=0.0)),
+        "channel_norms": base64.b64encode(stored.tobytes()).decode(),
+    }
