@@ -73,7 +73,7 @@ def measure_codec(codec: Codec, captions: Sequence[Tensor]) -> dict[str, Any]:
         "bytes_per_token": sum(array.nbytes for arrays in encoded for array in arrays) / num_tokens,
         "encode_gb_s": speed(lambda: [codec.encode(caption) for caption in captions], captions),
         "decode_gb_s": speed(lambda: decode(codec, parts, starts), captions[:_BATCH]),
-        **{name: value for name, value in measure.facts().items() if name != "channel_norms"},
+        **measure.facts(),
     }
 
 

@@ -1,4 +1,3 @@
-import base64
 import json
 import math
 import pickle
@@ -417,23 +416,24 @@ class TestMeasure:
         assert found["cosine_lowest"] < -0.9
         assert json.loads(json.dumps(found)) == found
 
-    @quick
-    @given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(0, 2**32))
-    def test_parts_join_to_the_whole(self, counts, seed):
-        rng = np.random.default_rng(seed)
+    def test_units_join_to_what_all_have_in_common_and_to_the_worst(self):
+        rng = np.random.default_rng(5)
         whole, parts = Measure(), []
-        for count in counts:
+        for count, error in ((400, 0.01), (100, 0.03), (0, 0.0)):
             x = torch.from_numpy(rng.standard_normal((count, 24)) * 1e3).bfloat16()
-            y = (x.double() + torch.from_numpy(rng.standard_normal((count, 24)))).bfloat16()
+            y = (x.double() * (1 + error * torch.from_numpy(rng.standard_normal((count, 24))))).bfloat16()
             part = Measure()
             part.add(x, y)
             whole.add(x, y)
             parts.append(json.loads(json.dumps(part.facts())))
-        joined = merge(parts)
-        assert figures(joined) == pytest.approx(figures(whole.facts()), rel=1e-6)
-        assert joined["num_tokens"] == sum(counts)
-        middle = len(parts) // 2
-        assert figures(merge([merge(parts[:middle]), merge(parts[middle:])])) == pytest.approx(figures(joined), 1e-6)
+        joined, exact = merge(parts), whole.facts()
+        assert joined["num_tokens"] == exact["num_tokens"] == 500
+        for name in ("relative_error", "channel_error"):
+            assert joined[name] == pytest.approx(exact[name], rel=0.05)
+            assert parts[0][name] < joined[name] < parts[1][name]
+        assert joined["cosine_mean"] == pytest.approx(exact["cosine_mean"], rel=1e-9)
+        assert joined["cosine_lowest"] == exact["cosine_lowest"] == parts[1]["cosine_lowest"]
+        assert joined["worst_channel_error"] == parts[1]["worst_channel_error"] > exact["worst_channel_error"]
 
     def test_nothing_lost(self):
         measure = Measure()
@@ -458,20 +458,3 @@ class TestMeasure:
         assert facts["channel_error"] == facts["worst_channel_error"] == facts["relative_error"] == 0.5
         measure.add(x, torch.zeros_like(x))
         assert measure.facts()["cosine_lowest"] == 0.0
-
-    def test_the_norms_of_channels_are_readable(self):
-        measure = Measure()
-        x = torch.tensor([[3.0, 1.0], [4.0, 1.0]], dtype=torch.bfloat16)
-        measure.add(x, x + torch.tensor([[0.0, 1.0], [0.0, 0.0]]))
-        error, original = np.frombuffer(base64.b64decode(measure.facts()["channel_norms"]), "<f4").reshape(2, 2)
-        assert error.tolist() == [0.0, 1.0]
-        assert original.tolist() == [5.0, pytest.approx(math.sqrt(2))]
-
-    def test_units_of_unlike_width_are_no_set(self):
-        measures = []
-        for width in (4, 6):
-            measure = Measure()
-            measure.add(normal(3, width), normal(3, width))
-            measures.append(measure.facts())
-        with pytest.raises(ValueError, match="inhomogeneous"):
-            merge(measures)
