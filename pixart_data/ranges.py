@@ -87,6 +87,20 @@ class Ranges:
                 self.cache.put(self._key(place), data)
         return [found[place] for place in places]
 
+    def fetch(self, shard: str, offset_bytes: int, size_bytes: int) -> bytes:
+        """Return bytes of a shard, which the caller checks.
+
+        Raises:
+            DataError: If the shard is missing or too short.
+            JobError: If the store fails for longer than retries last.
+        """
+        data = self._again(_Range(shard, offset_bytes, offset_bytes + size_bytes, []))
+        if isinstance(data, DataError):
+            raise data
+        if len(data) != size_bytes:
+            raise DataError(f"{self.root / shard}: ends early; `pixart verify {self.root}` names the samples lost")
+        return data
+
     def _cached(self, place: Place) -> bytes | None:
         if self.cache is None:
             return None

@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "jobs": {"pixart_data", "pixart_model", "pipelines"},
 }
 LIGHT_CORE = {
-    "errors", "config", "sections", "records", "buckets", "shards", "entries", "codecs", "queries", "ranges",
+    "errors", "config", "sections", "records", "buckets", "shards", "entries", "codecs", "queries", "remotes",
     "commits", "leases", "retries", "storage",
 }  # fmt: skip
 MAY_IMPORT_RAY = {"pipelines", "jobs"}
