@@ -132,6 +132,6 @@ class Retry(Section):
     """`pixart retry`: do the rejected rows of a finished run again; what is good stays as it is."""
 
     path: LocalPath
-    """The output directory of `fetch`, `caption` or `extract`, or one feature set of a dataset."""
+    """The output directory of `fetch`, `caption`, `extract` or `import`, or one feature set of a dataset."""
     reasons: list[str] = []
     """Only the rows that were rejected for these; empty: all rejected rows."""

@@ -7,12 +7,17 @@ Source: PixArt-alpha (arXiv:2310.00426), section "multi-aspect"; SDXL (arXiv:230
 """
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pixart_data.errors import ConfigError, DataError
 
 RESOLUTIONS_PX = (256, 512, 1024)
+MULTIPLE_PX = 16
+"""Sides of canvases are multiples of this: a latent cell of 8 px times the model's patch of 2 cells."""
+
+_SIZE = re.compile(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})")
 
 # (height, width) in sixteenths of the resolution, from the widest canvas to the tallest.
 _CELLS = (
@@ -52,6 +57,53 @@ def bucket_table(resolution_px: int) -> tuple[Bucket, ...]:
         raise ConfigError(f"resolution: expected one of {RESOLUTIONS_PX}, got {resolution_px}")
     unit = resolution_px // 16
     return tuple(Bucket(f"{h / w:.2f}", h * unit, w * unit) for h, w in _CELLS)
+
+
+def custom_table(sizes: Sequence[str], resolution_px: int) -> tuple[Bucket, ...]:
+    """Return the buckets of a table of one's own, ordered by ratio, whatever the order they are given in.
+
+    Args:
+        sizes: `HEIGHTxWIDTH` in pixels, e.g. `288x224`.
+        resolution_px: Side of the square of about their area.
+
+    Raises:
+        ConfigError: If one is spelt otherwise, has a side that the model cannot take or an area that is not about that
+            of the square, or two have the same ratio at two decimals and so would share a folder.
+    """
+    if not sizes:
+        raise ConfigError("expected at least one canvas, found none")
+    table = sorted((_bucket(size, resolution_px) for size in sizes), key=lambda b: b.height_px / b.width_px)
+    for first, second in zip(table, table[1:], strict=False):
+        if first.ratio == second.ratio:
+            raise ConfigError(
+                "expected canvases whose height / width differs at two decimals, which name their folders, found "
+                f"'{size_name(first)}' and '{size_name(second)}', both {first.ratio}; leave one out"
+            )
+    return tuple(table)
+
+
+def _bucket(size: str, resolution_px: int) -> Bucket:
+    match = _SIZE.fullmatch(size)
+    if match is None:
+        raise ConfigError(f"expected HEIGHTxWIDTH in px, e.g. '{resolution_px}x{resolution_px}', found {size!r}")
+    height_px, width_px = int(match[1]), int(match[2])
+    if height_px % MULTIPLE_PX or width_px % MULTIPLE_PX:
+        near = "x".join(str(max(1, round(side / MULTIPLE_PX)) * MULTIPLE_PX) for side in (height_px, width_px))
+        raise ConfigError(
+            f"expected sides that are multiples of {MULTIPLE_PX} px (a latent cell of 8 px times the model's patch of "
+            f"2), found '{size}'; use {near}"
+        )
+    if not 0.5 <= height_px * width_px / resolution_px**2 <= 2.0:
+        raise ConfigError(
+            f"expected canvases with half to twice the area of {resolution_px} x {resolution_px} px, found '{size}'; "
+            "leave it out, or set image.resolution_px to what the table was made for"
+        )
+    return Bucket(f"{height_px / width_px:.2f}", height_px, width_px)
+
+
+def size_name(bucket: Bucket) -> str:
+    """Return a canvas as job files spell it."""
+    return f"{bucket.height_px}x{bucket.width_px}"
 
 
 def nearest_bucket(width_px: int, height_px: int, buckets: Sequence[Bucket]) -> Bucket:

@@ -125,6 +125,18 @@ def read_list(unit: Unit, source: Source, with_images: bool) -> Iterator[Sample]
     yield from read_ahead(load, enumerate(entries), remote and with_images)
 
 
+def read_rows(unit: Unit, source: Source) -> Iterator[tuple[str, Mapping[str, Any] | str]]:
+    """Yield the key and the content of the rows of a slice, in order; the content is a str where it is no object.
+
+    Raises:
+        DataError: If the list is no longer what `find_list` saw.
+    """
+    repeats = dict(unit.repeats)
+    for index, row in enumerate(_slice(unit, source)):
+        name = _entry(row, source, _row_word(unit.path)).name
+        yield f"{unit.name}/{name}" + (f"~{repeats[index]}" if index in repeats else ""), row.content
+
+
 def _row_word(path: str) -> str:
     return "line" if path.lower().endswith(".jsonl") else "row"
 
