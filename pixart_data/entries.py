@@ -41,6 +41,7 @@ TEXT_ENTRY = np.dtype(
 Entries = npt.NDArray[np.void]
 """Records of one of the two types; (N,)."""
 
+_BESIDE_CHECK = np.uint64(0xFFFFFFFF)  # in the last word of a record, whose upper half is the check
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # of splitmix64: odd, and its bits look random
 
 
@@ -61,11 +62,11 @@ def key_hashes(keys: Iterable[str]) -> npt.NDArray[np.uint64]:
 
 def checks(records: Entries) -> npt.NDArray[np.uint32]:
     """Return what the `check` of each record must be: a mix of all its other bytes."""
-    words = np.array(records, copy=True)
-    words["check"] = 0
-    columns = np.ascontiguousarray(words).view("<u8").reshape(len(words), -1)  # (N, words)
-    mixed = np.full(len(words), _MULTIPLIER)  # not zero: a hole in the file must not fit
-    for column in columns.T:
+    columns = (
+        np.ascontiguousarray(records).view("<u8").reshape(len(records), records.dtype.itemsize // 8).T
+    )  # (words, N)
+    mixed = np.full(len(records), _MULTIPLIER)  # not zero: a hole in the file must not fit
+    for column in (*columns[:-1], columns[-1] & _BESIDE_CHECK):
         mixed = (mixed ^ column) * _MULTIPLIER
         mixed ^= mixed >> np.uint64(29)
     return (mixed >> np.uint64(32)).astype(np.uint32)
