@@ -148,7 +148,7 @@ def _status_given(args: argparse.Namespace) -> Given:
 
 
 def _retry_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("path", help="the output directory of fetch, caption or extract")
+    sub.add_argument("path", help="the output directory of fetch, caption, extract or import")
     sub.add_argument("--reason", action="append", default=[], help="only rows rejected for it; may be repeated")
 
 

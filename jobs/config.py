@@ -1,12 +1,16 @@
 """The job files of the commands that do without Ray, and of `retry`."""
 
-from typing import Any, Literal
+import re
+from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from pixart_data.config import LocalPath, Section
+from pixart_data.config import LocalPath, ModelId, Section
+from pixart_data.sections import Device
 
 MOST_BUCKETS = 200
+MOST_PARTS = 100
+_PART = re.compile(r"[A-Za-z0-9][\w.-]*")
 
 
 class Inspect(Section):
@@ -18,17 +22,28 @@ class Inspect(Section):
     """How many samples to show of each part."""
     html: LocalPath | None = None
     """Of a dataset: a page to write, with pictures decoded from the stored latents."""
+    num_pictures: int = Field(default=24, ge=0)
+    """Pictures on the page, shared among the image sets and spread over their buckets; 0 loads no VAE."""
+    vae: ModelId | None = None
+    """Decodes the pictures; unset, the model that the image set's manifest names."""
+    vae_subfolder: str | None = None
+    """Folder of the model inside `vae`; read only when that is set."""
+    device: Device = "auto"
+    """Of the VAE; `auto`: a GPU if there is one."""
 
 
 class Verify(Section):
-    """`pixart verify`: re-read every byte of a dataset or a table of captions."""
+    """`pixart verify`: re-read a dataset or a table of captions, and name what is damaged."""
 
     path: LocalPath
     """A dataset, a feature set, or the output directory of a stage."""
     fast: bool = False
     """Read the sizes of files, manifests and indexes only."""
     recompute: int = Field(default=0, ge=0)
-    """Samples to compute again from their sources with the models, and to compare with what is stored."""
+    """Samples of each feature set to compute again from their sources with the models, and to compare with what is
+    stored."""
+    seed: int = Field(default=0, ge=0)
+    """Which samples these are."""
 
 
 class Diff(Section):
@@ -58,10 +73,48 @@ class Split(Section):
     """The dataset."""
     output: LocalPath
     """Folder of the parts, each in a folder of its name."""
-    share: dict[str, str] = {}
-    """Random parts and their shares, e.g. `{ train = "0.99", val = "0.01" }`; a sample stays in its part for ever."""
+    share: dict[str, float] = {}
+    """Random parts and their shares, e.g. `{ train = 0.99, val = 0.01 }`; a sample stays in its part for ever."""
     where: dict[str, str] = {}
-    """Parts by a query on the image index, e.g. `{ large = "original_height_px >= 1024" }`."""
+    """Parts by a query on an index, e.g. `{ large = "original_height_px >= 1024" }`; what matches none is left out."""
+    queried_set: str | None = None
+    """The feature set whose index queries are about, the others follow its keys; unset: the only image set."""
+
+    @field_validator("share", mode="before")
+    @classmethod
+    def _are_numbers(cls, given: Any) -> Any:
+        """Shares come as texts from a command line."""
+        if not isinstance(given, dict):
+            return given
+        shares = {}
+        for name, share in given.items():
+            try:
+                shares[name] = float(share)
+            except (TypeError, ValueError):
+                raise ValueError(f"expected NAME=SHARE, e.g. val=0.01, found {name}={share}") from None
+            if not 0 < shares[name] <= 1:
+                raise ValueError(f"expected shares above 0 and up to 1, found {name}={share}")
+        if sum(shares.values()) > 1 + 1e-9:
+            raise ValueError(f"expected shares that add up to at most 1, found {sum(shares.values()):g}; make one less")
+        return shares
+
+    @model_validator(mode="after")
+    def _has_parts(self) -> Self:
+        parts = [*self.share, *self.where]
+        if not parts or (self.share and self.where):
+            found = "both" if parts else "neither"
+            raise ValueError(
+                f"expected either --share NAME=SHARE or --where NAME=QUERY, found {found}; give one of them"
+            )
+        wrong = [name for name in parts if not _PART.fullmatch(name)]
+        if wrong or len(parts) > MOST_PARTS:
+            what = f"{wrong[0]!r}" if wrong else f"{len(parts)} of them"
+            raise ValueError(
+                f"expected up to {MOST_PARTS} names of folders, e.g. train, found {what}; rename or omit it"
+            )
+        if self.queried_set is not None and not self.where:
+            raise ValueError("queried_set: expected it beside --where, found no query; leave it out")
+        return self
 
 
 class Export(Section):

@@ -9,7 +9,8 @@ from jobs.config import Retry
 from pipelines import caption as caption_pipeline
 from pipelines import extract as extract_pipeline
 from pipelines import fetch as fetch_pipeline
-from pipelines.config import Caption, Extract, Fetch
+from pipelines import imports as import_pipeline
+from pipelines.config import Caption, Extract, Fetch, Import
 from pipelines.driver import JOB, require_known
 from pixart_data.commits import read_records
 from pixart_data.config import Section, load
@@ -20,7 +21,9 @@ _PIPELINES: dict[str, tuple[type[Section], ModuleType]] = {
     "fetch": (Fetch, fetch_pipeline),
     "caption": (Caption, caption_pipeline),
     "extract": (Extract, extract_pipeline),
+    "import": (Import, import_pipeline),
 }
+_OF_SETS = (extract_pipeline, import_pipeline)
 
 
 def retry(job: Retry, dry_run: bool) -> None:
@@ -41,7 +44,7 @@ def retry(job: Retry, dry_run: bool) -> None:
             print(f"retry: {counts or 'no rejected rows to try again'} -> {root}")
             continue
         stage_job, pipeline = _read(root)
-        only = {"only": root} if pipeline is extract_pipeline else {}
+        only = {"only": root} if pipeline in _OF_SETS else {}
         for run, account in pipeline.run(stage_job, reasons=reasons, **only):
             print(f"{run.stage}: {account.line()} -> {run.root}")
 

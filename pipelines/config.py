@@ -3,9 +3,11 @@
 import re
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from pixart_data.config import LocalPath, Section
+from pixart_data.buckets import custom_table
+from pixart_data.config import LocalPath, ModelId, Section
+from pixart_data.errors import ConfigError
 from pixart_data.sections import Captioner, Downloads, Filters, ImageFeatures, Source, TextFeatures, UrlLists
 
 _SET_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
@@ -181,8 +183,78 @@ class Compact(Section):
     output: LocalPath
     """Folder of the compacted dataset; run again after `path` has grown, it gains the new samples."""
     shard_bytes: int = Field(default=512 << 20, ge=1 << 16)
-    """Size that shards are filled up to."""
+    """Size that shards are filled up to; those of a dataset that grew stay as they are."""
+    image_set: str | None = None
+    """The image set whose order text sets follow; unset: the first by name."""
     cluster: Cluster = Cluster()
+
+
+class ImportedImages(Section):
+    """The latents to import, and what the files do not say of them."""
+
+    set: str | None = None
+    """Name of the feature set; `256px` for resolution 256."""
+    resolution_px: Literal[256, 512, 1024] = 256
+    """Side of the square with the area of a canvas; chooses among folders and columns that are named after it."""
+    buckets: list[str] | None = Field(default=None, min_length=1)
+    """The canvases, as `HEIGHTxWIDTH` in pixels; samples of others are rejected. Unset: those that are found."""
+    folder: str | None = None
+    """Layout `reference` or `diffusers`: the folder of the latents, below `path`; unset: the one of the usual name, or
+    `path` itself."""
+    column: str | None = Field(default=None, min_length=1)
+    """Layout `mds`: the column of the latents; unset: `moments`, `latents_256` (512, 1024) or `latents`."""
+    model: ModelId = "stabilityai/sd-vae-ft-ema"
+    """The VAE that they were made with; PixArt-Sigma: `madebyollin/sdxl-vae-fp16-fix`, micro_diffusion:
+    `stabilityai/stable-diffusion-xl-base-1.0` with `subfolder = "vae"`."""
+    subfolder: str | None = None
+    """Folder of the VAE inside its repository."""
+    scaling_factor: float = Field(default=0.18215, gt=0)
+    """Of the VAE; 0.13025 for that of Stable Diffusion XL. Training multiplies by it."""
+    scaled: bool = True
+    """Latents that were drawn from the posterior once were multiplied by `scaling_factor` before they were stored;
+    posteriors never are."""
+    channels: int = Field(default=4, ge=1)
+    """Of the latents."""
+
+    @field_validator("buckets")
+    @classmethod
+    def _makes_a_table(cls, sizes: list[str] | None, info: ValidationInfo) -> list[str] | None:
+        if sizes is not None and "resolution_px" in info.data:
+            try:
+                custom_table(sizes, info.data["resolution_px"])
+            except ConfigError as error:
+                raise ValueError(str(error)) from None
+        return sizes
+
+    @property
+    def set_name(self) -> str:
+        """The folder of the feature set in the dataset."""
+        return self.set or f"{self.resolution_px}px"
+
+
+class ImportedTexts(Section):
+    """The text features to import, and what the files do not say of them."""
+
+    set: str = Field(default="text", min_length=1)
+    """Name of the feature set."""
+    folder: str | None = None
+    """Layout `reference` or `diffusers`: the folder of the text features, below `path`; unset: the one of the usual
+    name, or `path` itself."""
+    column: str | None = Field(default=None, min_length=1)
+    """Layout `mds`: the column of the text features; unset: `t5`, `caption_latents` or `prompt_embeds`."""
+    caption_column: str | None = Field(default=None, min_length=1)
+    """Key or column of the caption; unset: `prompt` for `reference`, `caption` for `mds`."""
+    model: ModelId = "DeepFloyd/t5-v1_1-xxl"
+    """The text encoder that they were made with."""
+    subfolder: str | None = None
+    """Folder of the encoder inside its repository."""
+    tokenizer_subfolder: str | None = None
+    """Folder of the tokenizer inside the repository."""
+    width: int | None = Field(default=None, ge=1)
+    """Numbers for each token; unset: as the first features have it. Required where MDS holds bare bytes."""
+    null_caption: LocalPath | None = None
+    """A .npz with the features of the empty caption, in the reference's form; unset: `null_caption.npz` in `path`, if
+    it is there. Without, training cannot drop captions."""
 
 
 class Import(Section):
@@ -191,8 +263,40 @@ class Import(Section):
     path: LocalPath
     """The folder that the other tool wrote."""
     layout: Literal["reference", "mds", "diffusers"]
-    """The PixArt-alpha reference's folders of .npz and .npy files, MosaicML's MDS as micro_diffusion fills it, or .pt
-    files of tensors."""
+    """The PixArt-alpha reference's folders of .npz and .npy files, MosaicML's MDS as micro_diffusion fills it or as
+    `export` does, or .pt files of tensors."""
     output: LocalPath
     """Folder of the dataset."""
+    lists: list[str] = []
+    """Layout `reference`: lists to read, below `path`; empty: all in `partition`, else in `partition_filter`, else in
+    `path`."""
+    rows_per_unit: int = Field(default=1000, ge=1)
+    """Samples in a unit of work; of MDS, a shard is one."""
+    bytes_dtype: Literal["float16", "float32"] = "float16"
+    """Layout `mds`: type of the numbers in columns of bare bytes."""
+    image: ImportedImages = ImportedImages()
+    text: ImportedTexts = ImportedTexts()
     cluster: Cluster = Cluster()
+
+    @model_validator(mode="after")
+    def _sets_differ(self) -> Self:
+        if self.image.set_name == self.text.set:
+            raise ValueError(f"text.set: expected a name of its own, found '{self.text.set}' for images too")
+        return self
+
+    @model_validator(mode="after")
+    def _keys_fit_the_layout(self) -> Self:
+        keys = {
+            "lists": (self.lists, ("reference",)),
+            "image.folder": (self.image.folder, ("reference", "diffusers")),
+            "text.folder": (self.text.folder, ("reference", "diffusers")),
+            "image.column": (self.image.column, ("mds",)),
+            "text.column": (self.text.column, ("mds",)),
+            "text.caption_column": (self.text.caption_column, ("reference", "mds")),
+        }
+        for key, (given, layouts) in keys.items():
+            if given and self.layout not in layouts:
+                raise ValueError(
+                    f"{key}: expected only with layout {' or '.join(layouts)}, not {self.layout}; remove it"
+                )
+        return self

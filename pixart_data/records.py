@@ -32,6 +32,8 @@ class Reason(StrEnum):
     REFUSED = "refused"
     DUPLICATE_KEY = "duplicate_key"
     NONFINITE_FEATURES = "nonfinite_features"
+    DAMAGED_FILE = "damaged_file"
+    BAD_SHAPE = "bad_shape"
     BAD_URL = "bad_url"
     PRIVATE_ADDRESS = "private_address"
     HOST_NOT_FOUND = "host_not_found"

@@ -23,7 +23,7 @@ VERSION = 1
 SILENT_S = 60.0
 """A running driver writes every five seconds; one that was not heard of for this long is taken for dead."""
 
-_RETRIED = ("fetch", "caption", "extract")  # the stages whose rejected rows `pixart retry` does again
+_RETRIED = ("fetch", "caption", "extract", "import")  # the stages whose rejected rows `pixart retry` does again
 _NUM_SLOWEST = 10
 _NUM_POINTS = 240
 _POINT_EVERY_S = 5.0
