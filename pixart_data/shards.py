@@ -18,8 +18,9 @@ import json
 import os
 import tarfile
 import threading
+import weakref
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -206,6 +207,16 @@ class BatchBuffer(NamedTuple):
     bounds: Sequence[int]
 
 
+class _OpenShards(OrderedDict[str, int]):
+    """The descriptors of a thread's last few shards, which are closed when the thread ends."""
+
+    def close(self, close: Callable[[int], None] = os.close) -> None:
+        while self:
+            close(self.popitem()[1])
+
+    __del__ = close
+
+
 class FeatureSet:
     """A sealed feature set, opened for reading: manifest, index, and samples by positioned reads.
 
@@ -214,16 +225,18 @@ class FeatureSet:
 
     Attributes:
         entries: The records of `entries.bin`, memory-mapped.
+        index_path, entries_path: Local files of the index.
         shards: Paths of the shards by their number, relative to the root.
     """
 
     def __init__(self, root: Path) -> None:
-        self.root = require_local(root, "training reads local disks and mounts only")
+        self.root = require_local(root, "expected a local folder here")
         self.manifest = read_manifest(root)
-        self.entries: Entries = map_entries(root / ENTRIES, self.manifest.kind)
+        self.index_path, self.entries_path = root / INDEX, root / ENTRIES
+        self.entries: Entries = map_entries(self.entries_path, self.manifest.kind)
         self.shards = [str(shard["path"]) for shard in self.manifest.shards]
         self._local = threading.local()
-        self._opened: list[OrderedDict[str, int]] = []
+        self._opened: list[weakref.ref[_OpenShards]] = []
         self._keys: pa.ChunkedArray | None = None
 
     def __reduce__(self) -> tuple[type["FeatureSet"], tuple[Path]]:
@@ -235,12 +248,12 @@ class FeatureSet:
     @property
     def index(self) -> pa.Table:
         """The index table, read anew at each use; at 25M samples captions alone are gigabytes."""
-        return pq.read_table(self.root / INDEX)
+        return pq.read_table(self.index_path)
 
     def keys(self, rows: Sequence[int]) -> list[str]:
         """Return the keys of rows of the index; the first call reads all keys."""
         if self._keys is None:
-            self._keys = pq.read_table(self.root / INDEX, columns=["key"])["key"]
+            self._keys = pq.read_table(self.index_path, columns=["key"])["key"]
         return [self._keys[int(row)].as_py() for row in rows]
 
     def read_into(self, shard: str, offset_bytes: int, *buffers: memoryview) -> None:
@@ -292,6 +305,13 @@ class FeatureSet:
                 )
         return wrong
 
+    def expect(self, places: MemberPlaces, sizes_bytes: Sequence[int]) -> None:
+        """Have the system fetch members that `read_batch` will be asked for; what cannot be read is told of there."""
+        for number, offset_bytes, size_bytes in zip(places.shards, places.offsets, sizes_bytes, strict=True):
+            with contextlib.suppress(DataError, JobError, OSError):
+                descriptor = self._descriptor(self.shards[number])
+                os.posix_fadvise(descriptor, offset_bytes, size_bytes, os.POSIX_FADV_WILLNEED)
+
     def read_tensor(self, shard: str, offset_bytes: int, size_bytes: int, shape: Sequence[int]) -> npt.NDArray[Any]:
         """Return the one tensor of a member; BF16 comes as uint16 bits, for `torch.Tensor.view(torch.bfloat16)`."""
         data = np.empty(size_bytes, np.uint8)
@@ -299,10 +319,10 @@ class FeatureSet:
         return data.view(DTYPES[self.manifest.dtype]).reshape(shape)
 
     def _descriptor(self, shard: str) -> int:
-        opened: OrderedDict[str, int] | None = getattr(self._local, "opened", None)
+        opened: _OpenShards | None = getattr(self._local, "opened", None)
         if opened is None:
-            opened = self._local.opened = OrderedDict()
-            self._opened.append(opened)
+            opened = self._local.opened = _OpenShards()
+            self._opened.append(weakref.ref(opened))
         if shard not in opened:
             if len(opened) >= _MAX_OPEN_SHARDS:
                 os.close(opened.popitem(last=False)[1])
@@ -320,9 +340,10 @@ class FeatureSet:
 
     def close(self) -> None:
         """Close the shards; no thread may be reading."""
-        for opened in self._opened:
-            while opened:
-                os.close(opened.popitem()[1])
+        for one in self._opened:
+            opened = one()
+            if opened is not None:
+                opened.close()
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:

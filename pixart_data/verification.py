@@ -1,41 +1,40 @@
-"""Re-reading every byte of what was written, and naming the sample that is damaged."""
+"""Re-reading what was written, every byte of it or its tables alone, and naming what is damaged down to the sample.
 
-import hashlib
-import itertools
-import mmap
-import zlib
+A feature set hangs together like this: `manifest.json` holds a digest of itself, the sha256 of index.parquet,
+entries.bin, rejected.parquet and the codec's calibration, sizes and sha256 of the shards, and the digests of the commit
+records, which hold those of the index parts.
+"""
+
+import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from pixart_data import selection
-from pixart_data.commits import COMMITS, MANIFEST, file_sha256, read_records, read_table
+from pixart_data import archives, captions, selection
+from pixart_data.agreement import disagreements, from_index
+from pixart_data.commits import COMMITS, MANIFEST, Record, file_sha256, read_records
+from pixart_data.config import digest
+from pixart_data.damage import Finding, Keys, by_shard, check_shard, check_size
+from pixart_data.entries import ENTRIES, Entries, map_entries
 from pixart_data.errors import ConfigError, DataError
-from pixart_data.shards import INDEX, REJECTED_FILE, Manifest, feature_sets, member_prefix, read_manifest, tensor_shape
-from pixart_data.storage import exists, local_copy, size_bytes
+from pixart_data.shards import FORMAT, INDEX, REJECTED_FILE, Manifest, manifest_bytes, read_manifest
+from pixart_data.storage import exists, local_copy, read_bytes, size_bytes
+
+__all__ = ["Finding", "verify"]
 
 REPORT = "stats.json"  # what finishes the output of `stats`, as a manifest does that of the other stages
-_ADDRESS = ("key", "shard", "offset_bytes", "size_bytes", "crc32")
+_FORMATS = {FORMAT, selection.FORMAT, captions.FORMAT, archives.FORMAT}
+_JOB = "job.toml"
 
 
-@dataclass(frozen=True)
-class Finding:
-    """What one file turned out to be. `problem` is empty where it is whole; `sample` names a damaged sample."""
-
-    path: Path
-    size_bytes: int = 0
-    num_samples: int = 0
-    sample: str = ""
-    problem: str = ""
-
-
-def verify(root: Path) -> Iterator[Finding]:
+def verify(root: Path, fast: bool = False) -> Iterator[Finding]:
     """Yield a finding for each file of a dataset, a feature set, or any output directory with commit records.
 
     An output that was never finished is a finding of its own, besides those of its files.
+
+    Args:
+        fast: Look at the sizes of shards and of tables of captions only; all else is read as ever.
 
     Raises:
         ConfigError: If the path does not exist.
@@ -43,31 +42,69 @@ def verify(root: Path) -> Iterator[Finding]:
     """
     if not root.is_dir():
         raise ConfigError(f"{root}: no such folder; check the path")
-    sets = feature_sets(root)
-    if not sets and not (root / COMMITS).is_dir():
+    outputs = _outputs(root)
+    if not outputs:
         raise DataError(f"{root}: expected a dataset, a feature set or a table of captions, found none of them")
-    for path in sets.values():
-        yield from _verify_set(path)
-    if selection.is_selection(root):
-        yield from _verify_selection(root)
-    for path in sorted(path.parent for path in (root / COMMITS, *root.glob(f"*/{COMMITS}")) if path.is_dir()):
-        in_manifest = {".tar"} if path in sets.values() else set()  # of captions and unfinished sets, all files
-        yield from _verify_records(path, in_manifest)
-        if not (path / MANIFEST).is_file() and not (path / REPORT).is_file():
-            yield Finding(path, problem="not finished: run the command that writes it again, to its end")
+    for path in outputs:
+        yield from _verify_output(path, fast)
 
 
-def _verify_records(root: Path, skipped: set[str]) -> Iterator[Finding]:
-    for record in read_records(root).values():
+def _outputs(root: Path) -> list[Path]:
+    """Return the folders that a command wrote to, or began to: `root` and those in it."""
+    found = {path.parent for name in (MANIFEST, INDEX, ENTRIES, COMMITS) for path in root.glob(f"*/{name}")}
+    own = [root] if (root / COMMITS).is_dir() or any(exists(root / n) for n in (MANIFEST, INDEX, ENTRIES)) else []
+    return own + sorted(found)
+
+
+def _verify_output(root: Path, fast: bool) -> Iterator[Finding]:
+    try:
+        records = read_records(root)
+    except DataError as error:
+        yield Finding(root / COMMITS, problem=str(error))
+        records = {}
+    finished, is_features = exists(root / MANIFEST), False
+    if finished:
+        kind = _format(root)
+        if kind == FORMAT:
+            is_features = True
+            yield from _verify_set(root, records, fast)
+        elif kind == selection.FORMAT:
+            yield from _verify_selection(root)
+        elif kind not in _FORMATS:
+            yield Finding(root / MANIFEST, problem=f"damaged: it names no format; run `{_command(root)}` again")
+    yield from _verify_records(root, records, {".tar"} if is_features else set(), fast)
+    if not finished and not exists(root / REPORT):
+        yield Finding(root, problem="not finished: run the command that writes it again, to its end")
+
+
+def _format(root: Path) -> str:
+    try:
+        fields = json.loads(read_bytes(root / MANIFEST))
+    except ValueError:
+        return ""
+    return str(fields.get("format")) if isinstance(fields, dict) else ""
+
+
+def _command(root: Path) -> str:
+    """Return the command that wrote an output, for messages."""
+    try:
+        first = read_bytes(root / _JOB).decode("utf-8", "replace").partition("\n")[0]
+    except FileNotFoundError:
+        return "pixart extract"
+    return first.removeprefix("# ") if first.startswith("# pixart ") else "pixart extract"
+
+
+def _verify_records(root: Path, records: dict[str, Record], skipped: set[str], fast: bool) -> Iterator[Finding]:
+    for record in records.values():
         for file in record.files:
             path = root / file.path
             if path.suffix in skipped:
                 continue
-            found = _sha256(path)
-            if found == file.sha256:
+            found = _size(path) == file.size_bytes if fast else _sha256(path) == file.sha256
+            if found:
                 yield Finding(path, file.size_bytes, record.rows_out)
             else:
-                what = "damaged" if found else "missing"
+                what = "damaged" if exists(path) else "missing"
                 yield Finding(path, problem=f"{what}; delete commits/{record.unit}.json and run the job again")
 
 
@@ -80,25 +117,106 @@ def _verify_selection(root: Path) -> Iterator[Finding]:
             yield Finding(root / file.path, problem="missing or damaged; run `pixart filter` again: it is rewritten")
 
 
-def _verify_set(root: Path) -> Iterator[Finding]:
-    manifest = read_manifest(root)
-    for path, sha256 in ((root / INDEX, manifest.index_sha256), (root / REJECTED_FILE, manifest.rejected_sha256)):
-        if _sha256(path) != sha256:
-            yield Finding(
-                path, problem="missing or damaged; run `pixart extract` again: it is rewritten from its parts"
-            )
-            return
-        yield Finding(path, size_bytes(path))
-    index = _Index(root / INDEX, manifest)
-    units = {file.path: record.unit for record in read_records(root).values() for file in record.files}
-    for shard in manifest.shards:
-        for finding in _verify_shard(root / shard["path"], shard, index.rows(shard["path"]), manifest):
-            record = root / COMMITS / f"{units.get(shard['path'], '*')}.json"
-            advice = f"; delete {record} and extract again: only that shard is redone" if finding.problem else ""
+def _verify_set(root: Path, records: dict[str, Record], fast: bool) -> Iterator[Finding]:
+    path = root / MANIFEST
+    try:
+        manifest = read_manifest(root)
+    except DataError as error:
+        yield Finding(path, problem=str(error).removeprefix(f"{path}: "))
+        return
+    whole = read_bytes(path) == manifest_bytes(manifest)  # a digest does not see how a number is spelt
+    yield Finding(path, size_bytes(path), problem="" if whole else f"damaged; run `{_command(root)}` again")
+    yield from _verify_sealed_records(root, manifest, records)
+    with ExitStack() as stack:
+        copies: dict[str, Path] = {}
+        for name, sha256 in _tables(manifest).items():
+            copy, problem = _opened(stack, root / name, sha256)
+            if copy is not None and not problem:
+                copies[name] = copy
+            advice = f"; run `{_command(root)}` again: it is rewritten from its parts" if problem else ""
+            yield Finding(root / name, copy.stat().st_size if copy else 0, problem=problem + advice)
+        entries = map_entries(copies[ENTRIES], manifest.kind) if ENTRIES in copies else None
+        yield from _verify_agreement(root, copies, entries, manifest)
+        yield from _verify_shards(root, copies.get(INDEX), entries, manifest, _Units(root, records), fast)
+
+
+def _tables(manifest: Manifest) -> dict[str, str]:
+    """Return the files that the manifest names besides the shards, with their sha256."""
+    tables = {INDEX: manifest.index_sha256, REJECTED_FILE: manifest.rejected_sha256, ENTRIES: manifest.entries_sha256}
+    calibration = manifest.codec.get("calibration")
+    return {**tables, calibration["path"]: calibration["sha256"]} if calibration else tables
+
+
+def _opened(stack: ExitStack, path: Path, sha256: str) -> tuple[Path | None, str]:
+    """Return a local copy of a file, and what is wrong with it."""
+    try:
+        copy = stack.enter_context(local_copy(path))
+        found = file_sha256(copy)
+    except FileNotFoundError:
+        return None, "missing"
+    return copy, "" if found == sha256 else "damaged, or not the one that the manifest names"
+
+
+def _verify_sealed_records(root: Path, manifest: Manifest, records: dict[str, Record]) -> Iterator[Finding]:
+    for unit, expected in manifest.records.items():
+        path = root / COMMITS / f"{unit}.json"
+        if unit not in records:
+            yield Finding(path, problem=f"missing; run `{_command(root)}` again: its unit is redone")
+        elif digest(asdict(records[unit])) != expected:
+            problem = f"not the one that the manifest was written from; delete it and run `{_command(root)}` again"
+            yield Finding(path, problem=problem)
+
+
+def _verify_agreement(
+    root: Path, copies: dict[str, Path], entries: Entries | None, manifest: Manifest
+) -> Iterator[Finding]:
+    if entries is None or INDEX not in copies or REJECTED_FILE not in copies:
+        return
+    for problem in disagreements(copies[INDEX], copies[REJECTED_FILE], entries, manifest):
+        yield Finding(root / INDEX, problem=f"{problem}; run `{_command(root)}` again: it is rewritten from its parts")
+
+
+class _Units:
+    """Says what to do about a damaged shard, by the unit that wrote it."""
+
+    def __init__(self, root: Path, records: dict[str, Record]) -> None:
+        self.root = root
+        self.of_file = {file.path: record.unit for record in records.values() for file in record.files}
+
+    def advice(self, shard: str) -> str:
+        if not self.of_file:
+            return "; copy it again, or make the set again with the command that wrote it"
+        record = self.root / COMMITS / f"{self.of_file.get(shard, '*')}.json"
+        return f"; delete {record} and extract again: only that shard is redone"
+
+
+def _verify_shards(
+    root: Path, index: Path | None, entries: Entries | None, manifest: Manifest, units: _Units, fast: bool
+) -> Iterator[Finding]:
+    keys = Keys(index)
+    records = entries
+    try:
+        if records is None and index is not None:
+            records = from_index(index, manifest)
+    except DataError:
+        records = None  # the index has a finding already, or is not this set's
+    numbers = len(manifest.shards)
+    if records is not None and len(records) and int(records["shard"].max()) >= numbers:
+        records = None
+    bounds = by_shard(records, numbers) if records is not None else [(0, 0)] * numbers
+    for shard, (start, end) in zip(manifest.shards, bounds, strict=True):
+        held = None if records is None else records[start:end]
+        findings = (
+            iter([check_size(root, shard, held, keys)]) if fast else check_shard(root, shard, held, manifest, keys)
+        )
+        for finding in findings:
+            advice = units.advice(shard["path"]) if finding.problem else ""
             yield replace(finding, problem=finding.problem + advice)
-    for unknown in sorted(index.shards - {shard["path"] for shard in manifest.shards}):
-        key = index.rows(unknown)[0]["key"]
-        yield Finding(root / unknown, 0, 0, key, "in the index but not in the manifest; extract again")
+
+
+def _size(path: Path) -> int:
+    """Return the size of a file on any storage; -1 if there is none."""
+    return size_bytes(path) if exists(path) else -1
 
 
 def _sha256(path: Path) -> str:
@@ -108,67 +226,3 @@ def _sha256(path: Path) -> str:
             return file_sha256(copy)
     except FileNotFoundError:
         return ""
-
-
-class _Index:
-    """The rows of an index by shard, as Arrow columns until they are asked for."""
-
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        extra = ("height_px", "width_px") if manifest.kind == "image" else ("num_tokens",)
-        self._table = read_table(path, columns=[*_ADDRESS, *extra])
-        shards = self._table["shard"].combine_chunks().dictionary_encode()
-        numbers = shards.indices.to_numpy(zero_copy_only=False)
-        self._order = np.argsort(numbers, kind="stable")
-        bounds = np.searchsorted(numbers[self._order], np.arange(len(shards.dictionary) + 1))
-        self._slices = dict(zip(shards.dictionary.to_pylist(), itertools.pairwise(bounds.tolist()), strict=True))
-        self._null = manifest.model.get("null")
-
-    @property
-    def shards(self) -> set[str]:
-        return set(self._slices)
-
-    def rows(self, shard: str) -> list[dict[str, Any]]:
-        start, stop = self._slices.get(shard, (0, 0))
-        rows: list[dict[str, Any]] = self._table.take(self._order[start:stop]).to_pylist()
-        if self._null and self._null["path"] == shard:
-            rows.append({"key": "null-caption", **self._null})
-        return rows
-
-
-def _verify_shard(
-    path: Path, shard: dict[str, Any], rows: list[dict[str, Any]], manifest: Manifest
-) -> Iterator[Finding]:
-    if not exists(path):
-        yield Finding(path, problem=f"missing, with {len(rows)} samples from {rows[0]['key'] if rows else '?'} on")
-        return
-    with local_copy(path) as copy, copy.open("rb") as file:
-        if not copy.stat().st_size:
-            yield Finding(path, problem=f"empty, expected {shard['size_bytes']} bytes")
-            return
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            yield from _verify_data(path, data, shard, rows, manifest)
-
-
-def _verify_data(
-    path: Path, data: mmap.mmap, shard: dict[str, Any], rows: list[dict[str, Any]], manifest: Manifest
-) -> Iterator[Finding]:
-    damaged = [row["key"] for row in rows if zlib.crc32(_tensor(data, row)) != row["crc32"]]
-    whole = hashlib.sha256(data).hexdigest() == shard["sha256"]
-    if not whole and not damaged:
-        damaged = [row["key"] for row in rows if not _prefix_is_whole(data, row, manifest)]
-    for key in damaged:
-        yield Finding(path, len(data), len(rows), key, "damaged")
-    if not damaged and not whole:
-        last = rows[-1]["key"] if rows else "?"
-        yield Finding(path, len(data), len(rows), last, "damaged between samples or after this, the last one")
-    elif not damaged:
-        yield Finding(path, len(data), len(rows))
-
-
-def _tensor(data: mmap.mmap, row: dict[str, Any]) -> bytes:
-    return data[row["offset_bytes"] : row["offset_bytes"] + row["size_bytes"]]
-
-
-def _prefix_is_whole(data: mmap.mmap, row: dict[str, Any], manifest: Manifest) -> bool:
-    prefix = member_prefix(row["key"], manifest.tensor, manifest.dtype, tensor_shape(row, manifest))
-    return data[row["offset_bytes"] - len(prefix) : row["offset_bytes"]] == prefix

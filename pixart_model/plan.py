@@ -105,7 +105,7 @@ def cached_plan(
     Raises:
         DataError, JobError: As `build`.
     """
-    path = folder / f"{_digest(images, texts, num_buckets, keep)}.plan"
+    path = folder / f"{_name(images, texts, num_buckets, keep)}.plan"
     joined = _opened_whole(path)
     if joined is not None:
         return joined
@@ -196,6 +196,18 @@ def _image_numbers(samples: npt.NDArray[np.bool_]) -> Iterator[Numbers]:
     rows = PIECE_BYTES // 4
     for start in range(0, len(samples), rows):
         yield (np.flatnonzero(samples[start : start + rows]) + start).astype(np.uint32)
+
+
+def _name(
+    images: EntriesFile, texts: Sequence[EntriesFile], num_buckets: int, keep: npt.NDArray[np.bool_] | None
+) -> str:
+    """Return the name of a plan in a cache: files that were replaced since have another, and are checked anew."""
+    facts = [_digest(images, texts, num_buckets, keep)]
+    for file in (images, *texts):
+        with contextlib.suppress(FileNotFoundError):  # reading says what to do
+            stat = file.path.stat()
+            facts.append(f"{stat.st_size} {stat.st_mtime_ns}")
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def _digest(

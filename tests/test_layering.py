@@ -15,8 +15,8 @@ MAY_IMPORT = {
     "jobs": {"pixart_data", "pixart_model", "pipelines"},
 }
 LIGHT_CORE = {
-    "errors", "config", "sections", "records", "buckets", "shards", "entries", "codecs", "queries", "remotes",
-    "commits", "leases", "retries", "storage",
+    "errors", "config", "sections", "records", "buckets", "shards", "entries", "codecs", "calibrations", "queries",
+    "remotes", "commits", "leases", "retries", "storage",
 }  # fmt: skip
 MAY_IMPORT_RAY = {"pipelines", "jobs"}
 MODULES = sorted(path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))

@@ -1,5 +1,7 @@
+import hashlib
 import json
 import os
+import pickle
 import tarfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -14,13 +16,27 @@ from safetensors.numpy import load as load_safetensors
 
 from pixart_data import shards
 from pixart_data.commits import Record, publish, read_records
+from pixart_data.config import digest
 from pixart_data.errors import DataError
 from pixart_data.records import TEXT_INDEX
-from pixart_data.shards import FeatureSet, Manifest, ShardWriter, feature_sets, read_manifest, seal, tensor_shape
+from pixart_data.seals import seal
+from pixart_data.shards import (
+    FLIPPED_MEMBER,
+    MOMENTS,
+    FeatureSet,
+    Manifest,
+    ShardWriter,
+    feature_sets,
+    manifest_bytes,
+    member_prefix,
+    member_tensors,
+    read_manifest,
+    tensor_shape,
+)
 from pixart_data.storage import staging_path
 
 WIDTH = 6
-MANIFEST = Manifest("text", "t5", "F16", {"width": WIDTH}, {}, {"rows_in": 0}, [])
+MANIFEST = Manifest("text", "t5", "F16", {"width": WIDTH}, {}, {"rows_in": 0})
 KEYS = ["a", "photos/summer/img_%41", "x" * 87, "x" * 88, "x" * 89, "x" * 100, "long/" + "y" * 160, "z/" * 200 + "z"]
 
 
@@ -30,7 +46,7 @@ def tensor(seed, num_tokens=None):
 
 
 def write(path, samples, dtype="F16"):
-    with ShardWriter(path, "t5", dtype) as writer:
+    with ShardWriter(path, [("t5", dtype)]) as writer:
         return {key: writer.add(key, values) for key, values in samples.items()}
 
 
@@ -137,8 +153,8 @@ def test_bf16_is_stored_as_its_bits(tmp_path):
 
 @pytest.mark.parametrize(("dtype", "wrong"), [("F16", np.float32), ("F32", np.float64), ("BF16", np.float16)])
 def test_a_tensor_of_another_type_is_refused(tmp_path, dtype, wrong):
-    expected = pytest.raises(ValueError, match=f"k: expected {dtype}, got {np.dtype(wrong)}")
-    with ShardWriter(tmp_path / "s.tar", "t5", dtype) as writer, expected:
+    expected = pytest.raises(ValueError, match=f"k: expected t5 in {dtype}, got {np.dtype(wrong)}")
+    with ShardWriter(tmp_path / "s.tar", [("t5", dtype)]) as writer, expected:
         writer.add("k", np.zeros((1, WIDTH), wrong))
 
 
@@ -162,7 +178,7 @@ def test_a_sealed_set_reads_back_in_the_order_of_its_records(features):
 
 
 def test_sealing_twice_gives_the_same_files(features):
-    names = ("manifest.json", "index.parquet", "rejected.parquet")
+    names = ("manifest.json", "index.parquet", "entries.bin", "rejected.parquet")
     before = [(features / name).read_bytes() for name in names]
     records = [
         write_unit(features, u, {f"{u}/{i}": tensor(i + 3 * n) for i in range(4)}, [f"{u}/bad"])
@@ -174,7 +190,7 @@ def test_sealing_twice_gives_the_same_files(features):
 
 def test_a_key_that_occurs_twice_is_named_and_nothing_is_sealed(tmp_path):
     records = [write_unit(tmp_path, unit, {key: tensor(1) for key in ("k/0", f"{unit}/1")}) for unit in ("a", "b")]
-    with pytest.raises(DataError, match="key k/0 and 0 others occur more than once"):
+    with pytest.raises(DataError, match="key k/0 occur more than once"):
         seal(tmp_path, records, TEXT_INDEX, MANIFEST)
     assert not (tmp_path / "manifest.json").exists()
 
@@ -187,9 +203,10 @@ def test_a_set_without_samples_is_sealed_too(tmp_path):
 
 
 def num_open(root):
-    """The files below `root` that this process has open."""
+    """The shards below `root` that this process has open."""
     links = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
-    return sum(os.readlink(link).startswith(str(root)) for link in links if os.path.lexists(link))
+    paths = [os.readlink(link) for link in links if os.path.lexists(link)]
+    return sum(path.startswith(str(root)) and path.endswith(".tar") for path in paths)
 
 
 def test_many_threads_read_one_set(features):
@@ -198,7 +215,10 @@ def test_many_threads_read_one_set(features):
 
     with ThreadPoolExecutor(16) as threads:
         results = list(threads.map(partial(read, opened), rows))
-    assert 3 <= num_open(features) <= 16 * 3
+        assert 3 <= num_open(features) <= 16 * 3
+    assert num_open(features) == 0, "a thread that ends closes its shards"
+    read(opened, rows[0])
+    assert num_open(features) == 1
     for row, values in zip(rows, results, strict=True):
         unit, i = row["key"].split("/")
         assert np.array_equal(values, tensor(int(i) + 3 * "bac".index(unit)))
@@ -232,11 +252,15 @@ def test_a_shard_that_was_cut_off_is_a_data_error(features):
 
 def test_few_shards_are_open_at_a_time(features, monkeypatch):
     monkeypatch.setattr(shards, "_MAX_OPEN_SHARDS", 2)
-    opened = FeatureSet(features, columns=["key", "shard", "offset_bytes", "size_bytes", "num_tokens"])
+    opened = FeatureSet(features)
     for row in opened.index.to_pylist() * 2:
         assert read(opened, row).shape == (row["num_tokens"], WIDTH)
         assert num_open(features) <= 2
     opened.close()
+
+
+def signed(fields):
+    return json.dumps({**fields, "digest": digest(fields)})
 
 
 @pytest.mark.parametrize(
@@ -245,10 +269,12 @@ def test_few_shards_are_open_at_a_time(features, monkeypatch):
         (None, "not a finished feature set; run `pixart extract` to its end"),
         ("", "not valid JSON"),
         ('{"format": "pix', "not valid JSON"),
-        ('{"format": "other", "version": 1}', "expected pixart-features version 1, found other version 1; extract"),
-        ('{"format": "pixart-features", "version": 2}', "found pixart-features version 2"),
-        ("[]", r"manifest\.json: "),
-        ('{"format": "pixart-features", "version": 1}', r"manifest\.json: "),
+        ('{"format": "other", "version": 2}', "expected pixart-features version 2, found other version 2"),
+        ('{"format": "pixart-features", "version": 1}', "found pixart-features version 1; run `pixart extract` again"),
+        ("[]", "expected pixart-features version 2, found list"),
+        ('{"format": "pixart-features", "version": 2}', "damaged or edited: it does not fit its own digest; run"),
+        (signed({"format": "pixart-features", "version": 2}), "not a complete manifest"),
+        (signed({**asdict(MANIFEST), "width": 3}), "not a complete manifest"),
     ],
 )
 def test_a_manifest_that_cannot_be_used_is_a_data_error(tmp_path, text, expected):
@@ -261,9 +287,42 @@ def test_a_manifest_that_cannot_be_used_is_a_data_error(tmp_path, text, expected
 def test_a_manifest_reads_back_as_sealed(features):
     manifest = read_manifest(features)
     sums = {name: value for name, value in asdict(manifest).items() if name.endswith("_sha256")}
-    assert manifest == Manifest(**{**asdict(MANIFEST), **sums})
-    assert all(len(value) == 64 for value in sums.values())
+    paths = [path for unit in "bac" for path in features.glob(f"shards/{unit}-*.tar")]
+    shards = [
+        {
+            "path": path.relative_to(features).as_posix(),
+            "size_bytes": path.stat().st_size,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "rows": 4,
+        }
+        for path in paths
+    ]
+    assert manifest == replace(MANIFEST, **sums, shards=shards)
+    names = {"index_sha256": "index.parquet", "entries_sha256": "entries.bin", "rejected_sha256": "rejected.parquet"}
+    assert sums == {n: hashlib.sha256((features / path).read_bytes()).hexdigest() for n, path in names.items()}
     assert json.loads((features / "manifest.json").read_text())["format"] == "pixart-features"
+    assert manifest_bytes(manifest) == (features / "manifest.json").read_bytes()
+
+
+def test_a_flipped_bit_anywhere_in_a_manifest_is_noticed_or_changes_nothing(features):
+    path = features / "manifest.json"
+    whole, before = path.read_bytes(), read_manifest(features)
+    for bit in range(0, 8 * len(whole), 7):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+        try:
+            found = read_manifest(features)
+        except DataError:
+            continue
+        assert found == before  # such as the e of 1e-5 made an E
+
+
+def test_a_manifest_that_was_edited_is_refused(features):
+    path = features / "manifest.json"
+    path.write_text(path.read_text().replace('"width": 6', '"width": 7'))
+    with pytest.raises(DataError, match="manifest.json: damaged or edited: .*; run `pixart extract` again"):
+        FeatureSet(features)
 
 
 def test_sets_are_found_by_name_and_a_set_is_itself(features):
@@ -274,6 +333,90 @@ def test_sets_are_found_by_name_and_a_set_is_itself(features):
 
 
 def test_shapes_follow_from_the_index():
-    image = Manifest("image", "moments", "F16", {"channels": 4, "downsampling": 8}, {}, {}, [])
+    image = Manifest("image", "moments", "F16", {"channels": 4, "downsampling": 8}, {}, {})
     assert tensor_shape({"height_px": 128, "width_px": 512}, image) == (2, 4, 16, 64)
     assert tensor_shape({"num_tokens": 7}, MANIFEST) == (7, WIDTH)
+
+
+def test_a_member_holds_several_tensors_one_after_the_other(tmp_path):
+    low, high = np.arange(12, dtype=np.uint8).reshape(3, 4), np.arange(6, dtype=np.uint16).reshape(3, 2)
+    with ShardWriter(tmp_path / "s.tar", [("low", "U8"), ("high", "U16")]) as writer:
+        place = writer.add("k", low, high)
+        empty = writer.add("empty", low[:0], high[:0])
+        with pytest.raises(ValueError, match="k: expected high in U16, got uint8"):
+            writer.add("k", low, low)
+        with pytest.raises(ValueError, match="argument 2 is shorter"):
+            writer.add("k", low)
+    data = (tmp_path / "s.tar").read_bytes()
+    assert data[place.offset_bytes : place.offset_bytes + place.size_bytes] == low.tobytes() + high.tobytes()
+    assert place.crc32 == zlib.crc32(low.tobytes() + high.tobytes())
+    assert (empty.size_bytes, empty.crc32, empty.offset_bytes % 64) == (0, 0, 0)
+    with tarfile.open(tmp_path / "s.tar") as tar:
+        read = load_safetensors(tar.extractfile("k.safetensors").read())
+        assert tar.getnames() == ["k.safetensors", "empty.safetensors"]
+    np.testing.assert_array_equal(read["low"], low, strict=True)
+    np.testing.assert_array_equal(read["high"], high, strict=True)
+
+
+def test_the_mirrored_image_is_a_second_member_of_its_sample(tmp_path):
+    import webdataset
+
+    values = [np.full((2, 4, 2, 3), number, np.float16) for number in (1, 2)]
+    with ShardWriter(tmp_path / "s.tar", MOMENTS) as writer:
+        writer.add("a/b", values[0])
+        writer.add("a/b", values[1], extension=FLIPPED_MEMBER)
+    [sample] = webdataset.WebDataset(str(tmp_path / "s.tar"), shardshuffle=False)
+    read = [load_safetensors(sample[name])["moments"] for name in ("safetensors", "flipped.safetensors")]
+    np.testing.assert_array_equal(read, values)
+
+
+@pytest.mark.parametrize("extension", ["safetensors", FLIPPED_MEMBER])
+@pytest.mark.parametrize("key", KEYS)
+def test_all_bytes_before_the_tensors_can_be_made_again(tmp_path, key, extension):
+    values = tensor(1)
+    with ShardWriter(tmp_path / "s.tar", [("t5", "F16")]) as writer:
+        place = writer.add(key, values, extension=extension)
+    prefix = member_prefix(key, [("t5", "F16", values.shape)], extension)
+    assert (tmp_path / "s.tar").read_bytes()[: place.offset_bytes] == prefix
+
+
+def test_the_tensors_of_a_member_follow_from_its_row():
+    image = Manifest("image", "moments", "F16", {"channels": 4, "downsampling": 8}, {}, {})
+    assert member_tensors({"height_px": 64, "width_px": 32}, image) == [("moments", "F16", (2, 4, 8, 4))]
+    text = Manifest("text", "t5", "BF16", {"width": 8}, {}, {}, codec={"name": "int8", "group": 8})
+    row = {"num_tokens": 3, "size_bytes": 3 * 8 + 3 * 2}
+    assert member_tensors(row, text) == [("t5", "I8", (3, 8)), ("t5_scale", "BF16", (3, 1))]
+    with pytest.raises(ValueError, match="expected 30 bytes for 3 tokens, found 31"):
+        member_tensors({**row, "size_bytes": 31}, text)
+
+
+def test_one_read_fills_several_buffers(features):
+    with pytest.MonkeyPatch.context() as patch:
+        calls = []
+        preadv = os.preadv
+        patch.setattr(os, "preadv", lambda *args: calls.append(args) or preadv(*args))
+        opened = FeatureSet(features)
+        row = opened.index.to_pylist()[2]
+        first, second = np.empty(5, np.uint8), np.empty(row["size_bytes"] - 5, np.uint8)
+        opened.read_into(row["shard"], row["offset_bytes"], first.data, second.data)
+        opened.close()
+    assert len(calls) == 1
+    assert first.tobytes() + second.tobytes() == tensor(2).tobytes()
+
+
+def test_a_set_travels_to_another_process_by_its_path(features):
+    opened = FeatureSet(features)
+    row = opened.index.to_pylist()[0]
+    assert np.array_equal(read(opened, row), tensor(0))
+    copy = pickle.loads(pickle.dumps(opened))
+    assert np.array_equal(read(copy, row), tensor(0))
+    assert np.array_equal(copy.entries, opened.entries)
+    opened.close()
+    copy.close()
+
+
+def test_keys_are_read_by_row(features):
+    opened = FeatureSet(features)
+    keys = opened.index["key"].to_pylist()
+    assert opened.keys(opened.entries["row"]) == [keys[row] for row in opened.entries["row"]]
+    assert opened.keys([5, 0]) == ["a/1", "b/0"]
