@@ -1,276 +1,129 @@
 """Training batches from feature shards, against the layouts a user would pick instead.
 
-    python -m benchmarks.read_shards [--samples N] [--rounds K] [--json FILE]
+    python -m benchmarks.read_shards [--samples N] [--rounds K] [--peers PYTHON] [--folder DIR] [--json FILE]
 
-The same synthetic features (T5-XXL's width, 256 px buckets) are written in three layouts to a temporary directory:
+The same synthetic samples (`benchmarks.samples`) are written in every layout, and read in batches of 64 that are ready
+for the device: contiguous tensors in host memory. Each reader is one process without workers:
 
-    shards      this toolkit: tars with an index; positioned reads, every tensor checked against its CRC, 2 threads
-    webdataset  our members merged into one tar member per sample, streamed by the `webdataset` library, shuffled
-                shard by shard and through a buffer, grouped by shape into batches; one process, no check of the data
-    npz         the PixArt-alpha reference: one compressed .npz and one fp32 .npy for each sample, one process
+    ours         this toolkit, bf16, packed; threads, every sample checked against its CRC
+    ours-packed  the same with the lossless codec, ours-int8 with the other: parts go to the device, which decodes them
+    pread        one thread, two positioned reads for each sample, of the bytes of `ours` in its order, into one buffer
+    mosaic       MosaicML's StreamingDataset over MDS, in an environment of its own (`benchmarks/peers.txt`); packed
+    webdataset   image and text of a sample merged into one tar member; packed
+    reference    PixArt-alpha's: an .npz and an .npy for each sample; fp32, padded to 120 tokens. Compressing takes it a
+                 third of a CPU-second for each sample, so it reads the first ones only
 
-Each gives the same batch: fp16 moments, bf16 text padded to the longest caption, mask. Before anything is timed, one
-pass of every reader is compared with what was written, bit by bit. Then they take turns, A B C A B C; a turn is whole
-passes for at least a second, from a warm page cache. Other work on the machine disturbs wall time more than CPU time,
-so the figure to quote is samples per CPU-second (user and system, all threads), and a ratio is the median of the
-ratios inside each round. torch computes with one thread in all readers.
+Packing is less work than the padding of the usual collations, and its memory is used again: mosaic and webdataset are
+read better here than their guides would have it. Before anything is timed, a pass of every reader in each order is
+compared with what was written, bit by bit. Then they take turns, A B C A B C. "planned" is the shuffled order of each:
+a full shuffle for ours, pread and reference, `py1e` for mosaic, shards and a buffer of 500 samples for webdataset.
+
+Before a turn from a cold cache the files are flushed and dropped from the page cache (the host's, below a virtual
+machine, is out of reach); before one from a warm cache they are read once. That it worked is seen from the bytes that
+Linux counts as read from a disk. A cold turn is one pass from its start; a warm one passes for at least a second,
+after 16 batches that are not timed.
+
+A ratio is the median of the ratios inside each round, by two clocks: samples per second, and samples per CPU-second
+(user and system, all threads). Each is held against the limit; the exit code is 1 if one is missed. Other work on the
+machine flatters threads by the first clock, and threads that share caches cost more by the second. The last column is
+what the bare loop reaches: where that is below a limit, the disk or the memory is why. torch computes with one thread.
 """
 
 import argparse
-import contextlib
-import gc
 import importlib.metadata
-import itertools
 import json
 import os
 import platform
-import statistics
+import shutil
+import signal
+import subprocess
 import sys
 import tempfile
-import threading
-import time
-from collections.abc import Generator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
-import numpy as np
-import safetensors.torch
 import torch
-import webdataset
-from torch import Tensor
 
-from benchmarks import layouts
-from benchmarks.layouts import CHANNELS, IMAGE_SET, TEXT_SET, Features, npy_path, npz_path
-from pixart_data.shards import FeatureSet
-from pixart_model import dataset as ours
-from pixart_model.config import Data
-from pixart_model.mixture import Mixture
-from pixart_model.places import Rows
+from benchmarks import layouts, ratios, samples, turns
+from benchmarks.batches import BATCH_SIZE, PLANNED, SEQUENTIAL
+from benchmarks.turns import COLD, MOSAIC, WARM, Turn, Worker
 
-_SHUFFLE_BUFFER = 128  # samples
-_MIN_TURN_S = 1.0
+PEERS = Path(__file__).parent.parent / ".venv-peers/bin/python"
 
-_Shape = tuple[int, ...]
+_BYTES_PER_SAMPLE = 4_000_000  # all layouts together, in the making
+_ZSTD = "mds-zstd"
+_COLD_SHARE, _WARM_SHARE = 0.8, 0.05  # of the bytes: at least and at most from the disk
+_TRIES = 3
 
 
-class Batch(NamedTuple):
-    """B samples, L tokens of the longest caption: moments (B, 2, C, H, W), text (B, L, D), mask (B, L)."""
-
-    keys: list[str]
-    moments: Tensor
-    text: Tensor
-    mask: Tensor
-
-
-class Reader(Protocol):
-    """One way to read the samples."""
-
-    name: str
-
-    @property
-    def num_read(self) -> int:
-        """Samples read so far, also those read ahead and never taken."""
-
-    def stream(self) -> Generator[Batch, None, None]:
-        """Yield the batches of one pass after another, without end."""
-
-
-class _CountingDataset(ours.Dataset):
-    """Our dataset, and how many samples its threads have read."""
-
-    num_read = 0
-    _lock = threading.Lock()
-
-    def read(self, rows: Sequence[int] | Rows, seed: int = 0, epoch: int = 0) -> ours.Batch:
-        batch = super().read(rows, seed, epoch)
-        with self._lock:
-            self.num_read += len(batch)
-        return batch
+def write(root: Path, made: samples.Samples, reference_samples: int, peers: Path | None) -> dict[str, int]:
+    """Write every layout under `root`; return bytes per sample of each."""
+    made.save(root / turns.SAMPLES)
+    layouts.write_images(root / turns.SHARDS / turns.IMAGE_SET, made)
+    for codec in turns.CODECS.values():
+        layouts.write_texts(root / turns.SHARDS / turns.text_set(codec), made, codec)
+    layouts.write_merged(root / turns.MERGED, made)
+    layouts.write_files(root / turns.FILES, made, reference_samples)
+    names = [*turns.CODECS, turns.WEBDATASET]
+    sizes = {name: sum(_size_bytes(root / folder) for folder in turns.folders(name)) // len(made) for name in names}
+    sizes[turns.REFERENCE] = _size_bytes(root / turns.FILES) // reference_samples
+    if peers:
+        for compression, folder in (("none", turns.MDS), ("zstd", _ZSTD)):
+            _run_peer(peers, [str(root / turns.SAMPLES), str(root / folder), compression])
+            sizes[f"{MOSAIC}, {compression}"] = _size_bytes(root / folder) // len(made)
+        shutil.rmtree(
+            root / _ZSTD
+        )  # on the first pass the library unpacks it, and then reads what the other layout has
+    return sizes
 
 
-class Shards:
-    """This toolkit's reader."""
-
-    name = "shards (ours)"
-
-    def __init__(self, root: Path) -> None:
-        self.data = Data.model_validate({"features": str(root)})
-        texts = Mixture({TEXT_SET: FeatureSet(root / TEXT_SET)}, {TEXT_SET: 1.0})
-        self.dataset = _CountingDataset(FeatureSet(root / IMAGE_SET), texts, self.data)
-
-    @property
-    def num_read(self) -> int:
-        """Samples read so far, also those read ahead and never taken."""
-        return self.dataset.num_read
-
-    def stream(self) -> Generator[Batch, None, None]:
-        """Yield the batches of one pass after another, without end."""
-        with contextlib.closing(self.dataset.batches(ours.Position(0, 0, 0))) as batches:
-            for _, batch in batches:
-                yield Batch(batch.keys, batch.moments, batch.text, batch.mask)
-
-
-class WebDataset:
-    """The webdataset library over merged tars."""
-
-    name = "webdataset"
-
-    def __init__(self, root: Path, batch_size: int) -> None:
-        self.batch_size, self.num_read = batch_size, 0
-        urls = sorted(str(path) for path in root.glob("*.tar"))
-        pipeline = webdataset.WebDataset(urls, shardshuffle=len(urls), seed=0).shuffle(_SHUFFLE_BUFFER, seed=0)
-        self.pipeline = pipeline.map_dict(safetensors=safetensors.torch.load)
-
-    def stream(self) -> Generator[Batch, None, None]:
-        """Yield the batches of one pass after another, without end."""
-        while True:
-            waiting: dict[_Shape, list[dict[str, Any]]] = {}
-            for sample in self.pipeline:
-                shape = tuple(sample["safetensors"]["moments"].shape)
-                samples = waiting.setdefault(shape, [])
-                samples.append(sample)
-                if len(samples) == self.batch_size:
-                    yield self._collate(waiting.pop(shape))
-            while waiting:
-                yield self._collate(waiting.popitem()[1])
-
-    def _collate(self, samples: list[dict[str, Any]]) -> Batch:
-        self.num_read += len(samples)
-        tensors = [sample["safetensors"] for sample in samples]
-        text, mask = ours.pad([t["t5"] for t in tensors])
-        return Batch([s["__key__"] for s in samples], torch.stack([t["moments"] for t in tensors]), text, mask)
-
-
-class Files:
-    """The reference's dataset, less its sampling of the posterior; the batches are those that our plan names."""
-
-    name = "npz (reference)"
-
-    def __init__(self, root: Path, dataset: ours.Dataset) -> None:
-        self.root, self.dataset, self.num_read = root, dataset, 0
-        self.keys = dataset.images.index["key"].to_pylist()
-
-    def stream(self) -> Generator[Batch, None, None]:
-        """Yield the batches of one pass after another, without end."""
-        plan = self.dataset.plan(0, 0)
-        while True:
-            for step in range(len(plan)):
-                yield self._read([self.keys[row] for row in plan[step]])
-
-    def _read(self, keys: list[str]) -> Batch:
-        self.num_read += len(keys)
-        moments, captions, masks = [], [], []
-        for key in keys:
-            moments.append(torch.from_numpy(np.load(npy_path(self.root, key))))  # (2 C, H, W)
-            with np.load(npz_path(self.root, key)) as file:
-                captions.append(torch.from_numpy(file["caption_feature"])[0])  # (120, D)
-                masks.append(torch.from_numpy(file["attention_mask"])[0])  # (120,)
-        mask = torch.stack(masks).bool()
-        mask = mask[:, : int(mask.sum(dim=1).max())]  # (B, L)
-        text = torch.stack(captions)[:, : mask.shape[1]].bfloat16()  # (B, L, D)
-        text[~mask] = 0
-        pairs = [both.reshape(2, CHANNELS, *both.shape[1:]) for both in moments]
-        return Batch(keys, torch.stack(pairs).half(), text, mask)
-
-
-def check(reader: Reader, features: Features, num_batches: int) -> None:
-    """Compare one pass with what was written, bit by bit.
-
-    Raises:
-        ValueError: If a sample is missing, doubled or different.
-    """
-    expected = {sample.key: sample for sample in features.samples}
-    with contextlib.closing(reader.stream()) as stream:
-        for batch in itertools.islice(stream, num_batches):
-            samples = [expected.pop(key) for key in batch.keys]
-            moments = torch.from_numpy(np.stack([sample.moments for sample in samples]))
-            text, mask = ours.pad([features.text(sample) for sample in samples])
-            pairs = ((batch.moments, moments), (batch.text, text), (batch.mask, mask))
-            for found, wanted in pairs:
-                if found.dtype != wanted.dtype or not torch.equal(found, wanted):
-                    raise ValueError(f"{reader.name}: a batch differs from what was written: {batch.keys}")
-    if expected:
-        raise ValueError(f"{reader.name}: {len(expected)} samples missing, such as {min(expected)}")
-
-
-class Turn(NamedTuple):
-    """Samples per second of one turn."""
-
-    cpu: float
-    wall: float
-
-
-@dataclass(frozen=True)
-class Result:
-    """A line of the table: medians over the rounds; ratios are medians of the ratios to our reader in each round."""
-
-    reader: str
-    samples_per_cpu_s: float
-    samples_per_s: float
-    bytes_per_sample: int
-    cpu_ratio: float
-    cpu_ratio_lowest: float
-    cpu_ratio_highest: float
-    wall_ratio: float
-
-
-def take_turn(reader: Reader, num_batches: int) -> Turn:
-    """Read whole passes for at least a second."""
-    gc.collect()
-    before, cpu_s, wall_s = reader.num_read, time.process_time(), time.perf_counter()
-    with contextlib.closing(reader.stream()) as stream:
-        while time.perf_counter() - wall_s < _MIN_TURN_S:
-            for _ in range(num_batches):
-                next(stream)
-    cpu_s, wall_s = time.process_time() - cpu_s, time.perf_counter() - wall_s
-    count = reader.num_read - before
-    return Turn(count / cpu_s, count / wall_s)
-
-
-def summarize(turns: dict[str, list[Turn]], bytes_per_sample: dict[str, int]) -> list[Result]:
-    """Return the table; the first reader is the one that the others are compared with."""
-    first = next(iter(turns.values()))
-    results = []
-    for name, own in turns.items():
-        ratios = [turn.cpu / base.cpu for turn, base in zip(own, first, strict=True)]
-        wall_ratios = [turn.wall / base.wall for turn, base in zip(own, first, strict=True)]
-        cpu, wall = (statistics.median(values) for values in zip(*own, strict=True))
-        results.append(
-            Result(
-                name, cpu, wall, bytes_per_sample[name], statistics.median(ratios), min(ratios), max(ratios),
-                statistics.median(wall_ratios),
-            )
-        )  # fmt: skip
-    return results
-
-
-def measure(root: Path, count: int, rounds: int) -> list[Result]:
-    """Write the three layouts under `root`, check the readers, let them take turns."""
-    features = layouts.make_features(count)
-    layouts.write_shards(root / "shards", features)
-    layouts.write_merged(root / "merged", features)
-    layouts.write_files(root / "files", features)
-    shards = Shards(root / "shards")
-    dataset = shards.dataset
-    readers: dict[str, Reader] = {
-        "shards": shards,
-        "merged": WebDataset(root / "merged", shards.data.batch_size),
-        "files": Files(root / "files", dataset),
-    }
-    for reader in readers.values():
-        check(reader, features, dataset.num_batches)
-    turns: dict[str, list[Turn]] = {reader.name: [] for reader in readers.values()}
-    for _ in range(rounds):
-        for reader in readers.values():
-            turns[reader.name].append(take_turn(reader, dataset.num_batches))
-    dataset.close()
-    sizes = {reader.name: _size_bytes(root / folder) // count for folder, reader in readers.items()}
-    return summarize(turns, sizes)
+def _run_peer(peers: Path, arguments: list[str]) -> None:
+    command = [str(peers), "-m", "benchmarks.mosaic", *arguments]
+    subprocess.run(command, check=True, cwd=Path(__file__).parent.parent, stdout=sys.stderr)
 
 
 def _size_bytes(root: Path) -> int:
     return sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
+
+
+def measure(root: Path, names: Sequence[str], peers: Path, rounds: int) -> ratios.Turns:
+    """Let the readers take turns."""
+    with ExitStack() as stack:
+        workers = []
+        for name in names:
+            python = peers if name == MOSAIC else Path(sys.executable)
+            workers.append(stack.enter_context(Worker(name, root, python)))
+        for worker in workers:
+            worker.wait()
+        taken: ratios.Turns = {}
+        for number in range(rounds):
+            sys.stderr.write(f"round {number + 1} of {rounds}\n")
+            for cache in (WARM, COLD):
+                for order in (SEQUENTIAL, PLANNED):
+                    own = taken.setdefault((cache, order), {name: [] for name in names})
+                    for worker in workers:
+                        own[worker.name].append(_take_turn(worker, order, cache))
+    return taken
+
+
+def _take_turn(worker: Worker, order: str, cache: str) -> Turn:
+    """Return a turn whose bytes came from where they should.
+
+    Raises:
+        RuntimeError: If they do not: the page cache cannot be filled, or cannot be dropped.
+    """
+    for _ in range(_TRIES):
+        turn = worker.take_turn(order, cache)
+        share = turn.from_disk_bytes / worker.size_bytes
+        if (share >= _COLD_SHARE) if cache == COLD else (share <= _WARM_SHARE):
+            return turn
+    raise RuntimeError(
+        f"{worker.root}: {worker.name}: expected a {cache} cache, found {share:.0%} of the bytes read from the disk, "
+        f"{_TRIES} times; choose a folder on a disk with --folder, free some memory, or read fewer --samples"
+    )
 
 
 def machine() -> dict[str, str | int]:
@@ -283,18 +136,6 @@ def machine() -> dict[str, str | int]:
     return facts | {name: importlib.metadata.version(name) for name in ("numpy", "torch", "webdataset", "safetensors")}
 
 
-def table(results: Sequence[Result]) -> str:
-    """Return the results as text."""
-    lines = [f"{'reader':<16} {'samples/CPU-s':>13} {'samples/s':>10} {'bytes/sample':>13}  ratio to ours, CPU   wall"]
-    for r in results:
-        spread = f"{r.cpu_ratio:.3f} ({r.cpu_ratio_lowest:.3f}..{r.cpu_ratio_highest:.3f})"
-        lines.append(
-            f"{r.reader:<16} {r.samples_per_cpu_s:>13,.0f} {r.samples_per_s:>10,.0f} {r.bytes_per_sample:>13,}"
-            f"  {spread:<20} {r.wall_ratio:.3f}"
-        )
-    return "\n".join(lines)
-
-
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -302,26 +143,79 @@ def _positive(text: str) -> int:
     return value
 
 
-def main() -> None:
-    """Run the benchmark."""
+def _several_batches(text: str) -> int:
+    value = int(text)
+    if value < 2 * BATCH_SIZE:
+        raise argparse.ArgumentTypeError(f"expected at least two batches of {BATCH_SIZE}, got {value}")
+    return value
+
+
+def _options() -> argparse.Namespace:
     description = (__doc__ or "").split("\n", 1)[0]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.read_shards", description=description)
-    parser.add_argument("--samples", type=_positive, default=256, help="2.5 MB of disk each (default: %(default)s)")
-    parser.add_argument("--rounds", type=_positive, default=5, help="turns of each reader (default: %(default)s)")
+    parser.add_argument(
+        "--samples", type=_several_batches, default=4000, metavar="N", help="4 MB of disk each (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--reference-samples", type=_several_batches, default=2 * BATCH_SIZE, metavar="N",
+        help="how many of them the reference reads; writing takes 0.4 CPU-seconds each (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--rounds", type=_positive, default=3, metavar="K", help="(default: %(default)s)")
+    parser.add_argument(
+        "--peers", type=Path, default=PEERS, metavar="PYTHON", help="with benchmarks/peers.txt (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--without", choices=turns.READERS[1:], nargs="+", default=[], metavar="READER", help="some of %(choices)s"
+    )
+    parser.add_argument(
+        "--folder", type=Path, metavar="DIR", help="on the disk to read from (default: TMPDIR, or /tmp)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
     options = parser.parse_args()
+    if MOSAIC not in options.without and not options.peers.is_file():
+        parser.error(
+            f"--peers: expected a Python that has benchmarks/peers.txt, found no {options.peers}; `make bench` makes "
+            "one, and `--without mosaic` does without it"
+        )
+    free, needed = shutil.disk_usage(options.folder or tempfile.gettempdir()).free, options.samples * _BYTES_PER_SAMPLE
+    if free < needed:
+        parser.error(
+            f"--folder: expected {needed / 1e9:.0f} GB of free disk for {options.samples} samples, "
+            f"found {free / 1e9:.0f} GB; choose another folder or fewer --samples"
+        )
+    options.reference_samples = min(options.reference_samples, options.samples)
+    return options
+
+
+def main() -> None:
+    """Run the benchmark."""
+    options = _options()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # gigabytes are to be deleted
     torch.set_num_threads(1)
-    facts = machine()
-    megabytes = options.samples * layouts.BYTES_PER_SAMPLE / 1e6
-    sys.stderr.write(f"writing {options.samples} samples in three layouts, {megabytes:,.0f} MB\n")
-    with tempfile.TemporaryDirectory(prefix="read_shards-") as root:
-        results = measure(Path(root), options.samples, options.rounds)
-    sys.stdout.write(table(results) + "\n")
-    settings = {"samples": options.samples, "rounds": options.rounds}
+    facts: dict[str, Any] = machine()
+    names = [name for name in turns.READERS if name not in options.without]
+    sys.stderr.write(f"writing {options.samples} samples in all layouts\n")
+    with tempfile.TemporaryDirectory(prefix="read_shards-", dir=options.folder) as folder:
+        root = Path(folder)
+        peers = options.peers if MOSAIC in names else None
+        sizes = write(root, samples.make(options.samples), options.reference_samples, peers)
+        taken = measure(root, names, options.peers, options.rounds)
+    speeds, shares = ratios.speeds(taken), ratios.sizes(sizes)
+    verdicts: list[ratios.Speed | ratios.Size] = [*speeds, *shares]
+    tables = (ratios.rate_table(taken), ratios.speed_table(speeds), ratios.size_table(shares, sizes))
+    sys.stdout.write("\n\n".join(tables) + "\n\n")
+    settings = {"samples": options.samples, "reference_samples": options.reference_samples, "rounds": options.rounds}
     sys.stdout.write(", ".join(f"{name} {value}" for name, value in {**settings, **facts}.items()) + "\n")
     if options.json:
-        report = {"machine": facts, "settings": settings, "results": [asdict(result) for result in results]}
+        report: dict[str, Any] = {
+            "machine": facts,
+            "settings": settings,
+            "bytes_per_sample": sizes,
+            "turns": ratios.rows(taken),
+        }
+        report["ratios"] = [asdict(one) | {"missed": one.missed} for one in verdicts]
         options.json.write_text(json.dumps(report, indent=1) + "\n")
+    sys.exit(any(one.missed for one in verdicts))
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def build(folder: Path, count: int, photos: Sequence[Path]) -> None:
 
 def make_stage(folder: Path, output: Path, cores: tuple[int, ...] | None) -> Any:
     """Build the stage of `pixart extract`, on all cores or on one that no other worker has."""
-    from pipelines.features import ImageStage
+    from pipelines.images import ImageStage
     from pixart_data.canvases import preparation
 
     torch.set_num_threads(1)
