@@ -12,16 +12,18 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from jobs.config import Inspect
+from jobs.datasets import describe, short
 from pixart_data import selection
 from pixart_data.archives import read_seal
 from pixart_data.captions import caption_files
 from pixart_data.commits import COMMITS, MANIFEST, read_records, read_table
 from pixart_data.errors import ConfigError, DataError
-from pixart_data.shards import INDEX, REJECTED_FILE, Manifest, feature_sets, read_manifest, tensor_shape
+from pixart_data.shards import MEMBER, feature_sets
 from pixart_data.storage import local_copy, location, read_bytes
 
 _META = "meta.json"
 _TEXT_WIDTH = 100
+_MOST_HEADER_BYTES = 1 << 20
 _ROWS_LOOKED_AT = 10_000  # for samples to show
 
 
@@ -29,14 +31,23 @@ def inspect(job: Inspect, dry_run: bool) -> None:
     """Print what a path holds; `dry_run` says only which kind of thing it is.
 
     Raises:
-        DataError: If it is nothing that the toolkit writes.
+        ConfigError: If there is nothing at the path, or a page is asked for of what is no dataset.
+        DataError: If it is nothing that the toolkit writes, or damaged.
     """
     path = location(job.path)
-    kind, lines = _look(path, job.num_samples)
+    sets = feature_sets(path)
+    kind, lines = _look_at_sets(path, sets, job) if sets else _look(path, job.num_samples)
+    if job.html is not None and not sets:
+        raise ConfigError(f"html: expected a dataset to make a page of, found {kind} at {path}; leave --html out")
     print(f"{path}: {kind}")
     if not dry_run:
         for line in lines:
             print(line)
+
+
+def _look_at_sets(path: Path, sets: dict[str, Path], job: Inspect) -> tuple[str, Iterator[str]]:
+    unfinished = [p.parent for p in sorted(path.glob(f"*/{COMMITS}")) if p.parent not in sets.values()]
+    return f"{len(sets)} feature set(s)", describe(path, sets, unfinished, job)
 
 
 def _look(path: Path, num_samples: int) -> tuple[str, Iterator[str]]:
@@ -45,10 +56,6 @@ def _look(path: Path, num_samples: int) -> tuple[str, Iterator[str]]:
         raise ConfigError(f"{path}: no such file or folder; check the path")
     if path.is_file():
         return _look_at_file(path, num_samples)
-    sets = feature_sets(path)
-    if sets:
-        unfinished = [p.parent for p in sorted(path.glob(f"*/{COMMITS}")) if p.parent not in sets.values()]
-        return f"{len(sets)} feature set(s)", _datasets(sets, unfinished, num_samples)
     if (path / _META).is_file() or any(path.glob(f"step_*/{_META}")):
         return "checkpoint", _checkpoint(path)
     if (path / "stats.json").is_file():
@@ -86,55 +93,6 @@ def _look_at_file(path: Path, num_samples: int) -> tuple[str, Iterator[str]]:
     raise DataError(f"{path}: expected a folder, a .parquet, a .tar or a stats.json; nothing else can be inspected")
 
 
-def _datasets(sets: dict[str, Path], unfinished: list[Path], num_samples: int) -> Iterator[str]:
-    for root in unfinished:
-        yield f"\n{root.name}: not finished, {len(read_records(root))} shards are done; run `pixart extract` to its end"
-    for name, root in sets.items():
-        manifest = read_manifest(root)
-        counts = manifest.counts
-        yield f"\n{name}: {manifest.kind} features, {counts['rows_out']:,} of {counts['rows_in']:,} samples"
-        yield from _rejected(root / REJECTED_FILE, num_samples)
-        model = manifest.model
-        revision = f" @ {model['revision']}" if model.get("revision") else ""
-        yield f"  model    {model['id']}{revision}, computed in {model['dtype']}"
-        yield f"  policy   {', '.join(f'{key}: {value}' for key, value in manifest.policy.items())}"
-        yield f"  shards   {len(manifest.shards)}, {sum(shard['size_bytes'] for shard in manifest.shards):,} bytes"
-        first = _first_rows(root / INDEX, num_samples)
-        yield from _images(manifest, first) if manifest.kind == "image" else _texts(manifest, root / INDEX, first)
-
-
-def _first_rows(path: Path, count: int) -> list[dict[str, Any]]:
-    with local_copy(path) as copy, pq.ParquetFile(copy) as file:
-        batches = file.iter_batches(max(count, 1))
-        return next(batches).to_pylist()[:count] if file.metadata.num_rows else []
-
-
-def _images(manifest: Manifest, first: list[dict[str, Any]]) -> Iterator[str]:
-    yield f"  scaling  {manifest.model['scaling_factor']}, not applied to what is stored"
-    yield f"  {'bucket':8} {'height x width':>15} {'samples':>9} {'shards':>7}   {manifest.tensor} {manifest.dtype}"
-    for bucket in manifest.buckets:
-        if bucket["rows"]:
-            size = f"{bucket['height_px']} x {bucket['width_px']} px"
-            shape = tensor_shape(bucket, manifest)
-            yield f"  {bucket['ratio']:8} {size:>15} {bucket['rows']:>9,} {bucket['shards']:>7,}   {shape}"
-    for row in first:
-        original = f"{row['original_width_px']} x {row['original_height_px']} px"
-        place = f"{row['shard']} at {row['offset_bytes']}"
-        yield f"  {row['key']}: {original}{_ops(row['image_ops'])} -> {row['bucket']}, {place}"
-
-
-def _texts(manifest: Manifest, path: Path, first: list[dict[str, Any]]) -> Iterator[str]:
-    index = read_table(path, columns=["num_tokens", "truncated"])
-    if index.num_rows:
-        yield f"  tokens   {_spread(index['num_tokens'])}; {pc.sum(index['truncated']).as_py():,} captions truncated"
-    null = manifest.model.get("null")
-    if null:
-        yield f"  null     the empty caption, {null['num_tokens']} token(s), in {null['path']}"
-    for row in first:
-        shape = tensor_shape(row, manifest)
-        yield f"  {row['key']}: {manifest.tensor} {manifest.dtype} {shape}, {_short(row['caption'])}"
-
-
 def _captions(paths: list[Path], num_samples: int) -> Iterator[str]:
     columns = ["status", "error", "finish_reason", "model", "num_tokens"]
     table = pa.concat_tables([read_table(path, columns=columns) for path in paths])
@@ -160,10 +118,10 @@ def _caption(row: dict[str, Any]) -> Iterator[str]:
         yield f"  {row['key']}: rejected, {row['error']}: {row['detail']}"
         return
     yield f"  {row['key']} ({row['width_px']} x {row['height_px']} px{_ops(row['image_ops'])})"
-    yield f"    raw      {_short(row['raw_caption'])}"
-    yield f"    caption  {_short(row['caption'])}"
+    yield f"    raw      {short(row['raw_caption'])}"
+    yield f"    caption  {short(row['caption'])}"
     for name in (name for name in row if name.startswith("caption_")):
-        yield f"    {name.removeprefix('caption_'):8} {_short(row[name])}"
+        yield f"    {name.removeprefix('caption_'):8} {short(row[name])}"
 
 
 def _fetched(paths: list[Path], num_samples: int) -> Iterator[str]:
@@ -177,9 +135,9 @@ def _fetched(paths: list[Path], num_samples: int) -> Iterator[str]:
         if counts := _tally(table[name]):
             yield f"  {name:14} {counts}"
     for row in table.filter(pc.is_null(table["error"])).slice(0, num_samples).to_pylist():
-        yield f"  {row['key']}: {row['width_px']} x {row['height_px']} px {row['format']}, {_short(row['url'])}"
+        yield f"  {row['key']}: {row['width_px']} x {row['height_px']} px {row['format']}, {short(row['url'])}"
     for row in bad.slice(0, num_samples).to_pylist():
-        yield f"  {row['key']}: rejected, {row['error']}: {row['detail']}, {_short(row['url'])}"
+        yield f"  {row['key']}: rejected, {row['error']}: {row['detail']}, {short(row['url'])}"
 
 
 def _rejected(path: Path, num_samples: int) -> Iterator[str]:
@@ -220,7 +178,7 @@ def _table(path: Path, num_samples: int) -> Iterator[str]:
         for column in file.schema_arrow:
             yield f"  {column.name:20} {column.type}"
         for row in next(iter(file.iter_batches(max(num_samples, 1))), pa.RecordBatch.from_pylist([])).to_pylist():
-            yield f"  {_short(json.dumps(row, default=str, ensure_ascii=False))}"
+            yield f"  {short(json.dumps(row, default=str, ensure_ascii=False))}"
 
 
 def _tar(path: Path, num_samples: int) -> Iterator[str]:
@@ -230,9 +188,26 @@ def _tar(path: Path, num_samples: int) -> Iterator[str]:
             for count, member in enumerate(tar, 1):
                 if count <= num_samples:
                     yield f"  {member.name}, {member.size:,} bytes"
+                    if member.name.endswith(f".{MEMBER}"):
+                        yield from _tensors(tar, member)
     except tarfile.TarError as error:
         raise DataError(f"{path}: unreadable after {count} members: {error}; is it cut off?") from error
     yield f"  {count:,} members in all"
+
+
+def _tensors(tar: tarfile.TarFile, member: tarfile.TarInfo) -> Iterator[str]:
+    """Name the tensors of a safetensors member from its header."""
+    file = tar.extractfile(member)
+    if file is None:
+        return
+    try:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(min(length, _MOST_HEADER_BYTES)))
+        tensors = {name: fact for name, fact in header.items() if name != "__metadata__"}
+        for name, fact in sorted(tensors.items(), key=lambda item: item[1]["data_offsets"]):
+            yield f"    {name:12} {fact['dtype']:5} {tuple(fact['shape'])}"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        yield f"    damaged: its safetensors header cannot be read ({error}); `pixart verify` of its dataset says more"
 
 
 def _tally(column: pa.ChunkedArray) -> str:
@@ -246,10 +221,3 @@ def _spread(column: pa.ChunkedArray) -> str:
 
 def _ops(ops: str | None) -> str:
     return f", {ops}" if ops else ""
-
-
-def _short(text: Any) -> str:
-    if text is None:
-        return "-"
-    line = " ".join(str(text).split())
-    return line if len(line) <= _TEXT_WIDTH else line[: _TEXT_WIDTH - 3] + "..."
