@@ -90,11 +90,24 @@ def pixart_tiny() -> Model:
 SIZES = {"xl-2": pixart_xl_2, "b-2": pixart_b_2, "s-2": pixart_s_2, "tiny": pixart_tiny}
 
 
+class Mixed(Section):
+    """One more dataset to train on, with sets of the same names."""
+
+    features: LocalPath
+    """The dataset."""
+    weight: Weight = 1.0
+    """How many of the batches come from it, in proportion to the other weights."""
+
+
 class Data(Section):
     """The features to train on, as `pixart extract` wrote them."""
 
     features: LocalPath
     """The dataset: a folder that holds the image set and the text set."""
+    weight: Weight = 1.0
+    """With `mix`: how many of the batches come from `features`, in proportion to the other weights."""
+    mix: list[Mixed] = []
+    """Further datasets, of the same encoders, resolution and buckets; every batch comes from one of them."""
     image_set: str = "256px"
     """Name of the image feature set in it."""
     text_set: str = "text"
@@ -102,19 +115,47 @@ class Data(Section):
     text_mix: dict[str, Weight] = {}
     """Several text sets and how often each is drawn from, e.g. `{ text = 0.7, text-short = 0.2, text-raw = 0.1 }`, in
     place of `text_set`. Each epoch draws anew; a sample that a set lacks is drawn from the others."""
+    where: str | None = None
+    """Train on the samples whose row in the image set's index matches, e.g.
+    `min(original_height_px, original_width_px) >= 512 and bucket in ("1.00", "0.75")`; unset, all of them."""
+    scores: LocalPath | None = None
+    """A Parquet table with a column `key` and further ones, which `where` may name too, e.g. `aesthetic > 5.5`. What
+    a sample without a row there is compared with is neither true nor false."""
     batch_size: int = Field(default=32, ge=1)
     """Samples in a step. The reference trains 256 px with 176 on each of 64 GPUs; the paper says 178."""
     drop_caption: float = Field(default=0.1, ge=0, le=1)
     """Share of captions replaced by the null caption, for classifier-free guidance."""
+    flip: float = Field(default=0.0, ge=0, le=1)
+    """Share of the samples that are read mirrored; needs an image set made with `image.flips`."""
+    damaged: Literal["fail", "skip"] = "fail"
+    """What to do about samples whose bytes are damaged or missing: stop and name the first, or take another of the same
+    batch in its place, count it in `metrics.jsonl` and name it in the log."""
+    run_length: int | None = Field(default=None, ge=1)
+    """Neighbours in storage that are read one after the other; unset, 1 on a disk and 8 from an object store. More
+    reads longer pieces and shuffles less."""
+    block_rows: int = Field(default=65_536, ge=1)
+    """About how many samples of a bucket are shuffled among each other, at least; blocks come in random order too."""
     num_threads: int = Field(default=2, ge=1)
     """Threads that read batches ahead."""
     num_prefetch: int = Field(default=4, ge=1)
     """Batches read ahead."""
+    cache_dir: LocalPath | None = None
+    """Folder on a local disk for what can be made again: which text belongs to which image, and what was read from an
+    object store. Unset, `pixart-toolkit` in `$XDG_CACHE_HOME` or `~/.cache`."""
+    cache_bytes: int = Field(default=64 << 30, ge=0)
+    """What the samples that were read from an object store may take in it; those used longest ago make room. 0 keeps
+    none: enough where the dataset is much larger than the disk, and then each epoch fetches all of it."""
 
     @property
     def texts(self) -> dict[str, float]:
         """The text sets and their weights; one set without a mix."""
         return self.text_mix or {self.text_set: 1.0}
+
+    @model_validator(mode="after")
+    def _scores_are_used(self) -> Self:
+        if self.scores is not None and self.where is None:
+            raise ValueError("scores: expected a query that uses them, found none; set where")
+        return self
 
 
 class Optim(Section):

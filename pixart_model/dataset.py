@@ -1,158 +1,194 @@
 """The training data: image and text features joined by key, in batches whose order is known in advance.
 
-An epoch holds every sample once. Its order is a pure function of (seed, epoch): random numbers are the raw output of
-numpy's Philox generator, which numpy keeps stable between versions, and sorting them shuffles. A batch holds samples of
-one bucket; where a bucket does not divide by the batch size, its last batch of the epoch is smaller. So any step of any
-epoch can be named, and a run continues where it stopped.
+The order is an endless sequence of batches (`orders`), a pure function of the seed; with several datasets, each batch
+comes from one of them (`orders.Mix`). A batch holds samples of one bucket and is always full. So any batch can be named
+by its number, and a run continues where it stopped.
 """
 
-import contextlib
+import hashlib
 import logging
-from collections import deque
-from collections.abc import Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+import os
+from collections.abc import Generator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from pixart_data.buckets import Bucket
 from pixart_data.errors import ConfigError, DataError
-from pixart_data.shards import FeatureSet, feature_sets, read_manifest, tensor_shape
+from pixart_data.remotes import open_set
+from pixart_data.retries import retrying
+from pixart_data.shards import FeatureSet, feature_sets, read_manifest
+from pixart_data.storage import is_remote, location
+from pixart_model.batches import HostBatch
+from pixart_model.buffers import Buffers
 from pixart_model.config import Data, Model
-from pixart_model.mixture import Mixture
-from pixart_model.places import PLACE_COLUMNS, Places, Rows, columns, read_checked
+from pixart_model.joins import EntriesFile
+from pixart_model.loader import Batches, read_ahead
+from pixart_model.mixture import Mixture, encoder
+from pixart_model.orders import Mix, Order, dealt
+from pixart_model.plan import cached_plan
+from pixart_model.portion import Located, Portion
+from pixart_model.quality import Quality, shuffle_quality
+from pixart_model.roster import Joined
+from pixart_model.subset import chosen
 
-_ORDER_OF_ROWS, _ORDER_OF_BATCHES = 0, 1
-_IMAGE_COLUMNS = [*PLACE_COLUMNS, "bucket", "height_px", "width_px", "original_height_px", "original_width_px"]
-_TEXT_COLUMNS = [*PLACE_COLUMNS, "num_tokens"]
+CACHE = "pixart-toolkit"
+_PLANS = "plans"
+_REMOTE_RUN = 8  # samples; see `data.run_length`
+_QUALITY_BATCHES = 64
+_LOOK_ROWS = 1 << 16
+_DIGITS = 12  # of a digest, enough to tell sets apart
+_LATENTS = ("channels", "downsampling", "scaling_factor", "shift_factor")
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Counts:
-    """How the image set and the text sets fit together, in samples."""
-
-    matched: int
-    images_without_text: int
-    texts_without_image: int
-
-
-@dataclass(frozen=True)
 class Position:
-    """A step of training: the batch `step` of an epoch."""
+    """A step of training: the batch `step` of the order of a seed."""
 
     seed: int
-    epoch: int
     step: int
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Samples of one bucket. B samples, L tokens of the longest caption, sides in latent cells.
-
-    Attributes:
-        keys: B keys.
-        moments: fp16 (B, 2, C, H, W): posterior mean and standard deviation, unscaled.
-        text: bf16 (B, L, D), zeros after a caption's end.
-        mask: bool (B, L), True on true tokens.
-        size_px: fp32 (B, 2): original height and width.
-        ratio: fp32 (B,): height / width of the bucket, with its two decimals.
-    """
-
-    keys: list[str]
-    moments: Tensor
-    text: Tensor
-    mask: Tensor
-    size_px: Tensor
-    ratio: Tensor
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def to(self, device: torch.device) -> "Batch":
-        """Return the batch with its tensors on a device."""
-        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return Batch(self.keys, **tensors)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The batches of an epoch: batch i holds the samples `rows[starts[i] : ends[i]]`."""
-
-    rows: Rows
-    starts: Rows
-    ends: Rows
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def __getitem__(self, step: int) -> Rows:
-        return self.rows[self.starts[step] : self.ends[step]]
-
-
-def epoch_plan(bucket_of: Rows, batch_size: int, seed: int, epoch: int) -> Plan:
-    """Return the batches of an epoch.
-
-    Args:
-        bucket_of: The bucket number of every sample; samples are named by their place in it.
-        batch_size: Of all batches but the last of each bucket.
-        seed: Not negative, like `epoch`; the plan depends on these and on nothing else.
-        epoch: From 0.
-    """
-    order = _shuffled(len(bucket_of), seed, epoch, _ORDER_OF_ROWS)
-    rows = order[np.argsort(bucket_of[order], kind="stable")]  # shuffled inside each bucket
-    counts = np.bincount(bucket_of)
-    bounds = np.concatenate([[0], np.cumsum(counts)])
-    starts = np.concatenate([np.arange(low, high, batch_size) for low, high in zip(bounds, bounds[1:], strict=False)])
-    ends = np.minimum(starts + batch_size, bounds[np.searchsorted(bounds, starts, side="right")])
-    turn = _shuffled(len(starts), seed, epoch, _ORDER_OF_BATCHES)
-    return Plan(rows, starts[turn], ends[turn])
-
-
 class Dataset:
-    """Matched samples of an image set and one or more text sets. `open_dataset` makes one.
+    """Matched samples of one or more datasets. `open_dataset` makes one; it can be pickled.
 
     Attributes:
-        counts: What matched and what did not.
-        images: The image feature set.
-        mixture: The text feature sets, matched with the samples.
+        portions: Of each dataset that is trained on, the sets and their order.
+        data: What the job file says.
+        seed: Decides the order, the text of a sample and whether it is mirrored.
     """
 
-    def __init__(self, images: FeatureSet, mixture: Mixture, data: Data) -> None:
-        self.images, self.mixture, self.data = images, mixture, data
-        table = images.index.filter(mixture.match(images.index["key"]))
-        self._image = columns(table, ("original_height_px", "original_width_px", "height_px", "width_px"))
-        self._keys, self._moments = table["key"], Places(images, table)
-        buckets = table["bucket"].combine_chunks().dictionary_encode()
-        self._bucket_of: Rows = buckets.indices.to_numpy(zero_copy_only=False).astype(np.int64)
-        self._ratios = [float(name) for name in buckets.dictionary.to_pylist()]
-        self.counts = Counts(table.num_rows, len(images) - table.num_rows, mixture.num_unmatched())
+    def __init__(self, portions: list[Portion], data: Data, seed: int) -> None:
+        self.portions, self.data, self.seed = portions, data, seed
+        self._mix = Mix([data.weight, *(one.weight for one in data.mix)], seed)
 
     def __len__(self) -> int:
-        return self.counts.matched
+        return sum(len(one.joined) for one in self.portions)
 
     @property
-    def num_batches(self) -> int:
-        """Batches in an epoch, the same for all."""
-        counts = np.bincount(self._bucket_of)
-        return int(np.sum(-(-counts // self.data.batch_size)))
+    def images(self) -> FeatureSet:
+        """The image set, of the first dataset."""
+        return self.portions[0].images
+
+    @property
+    def mixture(self) -> Mixture:
+        """The text sets, of the first dataset."""
+        return self.portions[0].mixture
+
+    def num_batches(self, epoch: int = 0) -> int:
+        """Return how many batches an epoch of each dataset has, together; epochs differ by a few."""
+        return sum(one.order.num_batches(epoch) for one in self.portions)
+
+    def epochs(self, num_batches: int) -> list[float]:
+        """Return how often so many batches go through each dataset."""
+        weights = self._mix.weights
+        counts = [int(num_batches * weight / sum(weights)) for weight in weights]
+        return [one.order.epoch_of(count) for one, count in zip(self.portions, counts, strict=True)]
+
+    def batches(
+        self, step: int = 0, rank: int = 0, world: int = 1, pinned: bool = False
+    ) -> Generator[HostBatch, None, None]:
+        """Yield batches from a position on, without end, read ahead by a few threads.
+
+        A batch is valid until the next one is asked for; `HostBatch.to` makes one that lasts.
+
+        Args:
+            step: The first batch of the global order, the same for all ranks.
+            rank: Of the process; it gets batches `step + rank`, `step + rank + world` and so on.
+            world: How many processes share the order.
+            pinned: Read into page-locked memory, for a GPU; needs CUDA.
+
+        Raises:
+            DataError: Where a sample is damaged, as `data.damaged` has it.
+            JobError: If the storage fails.
+        """
+        data = self.data
+        return read_ahead(
+            dealt(step, rank, world), self._expect, self._read, data.num_threads, data.num_prefetch, pinned
+        )
+
+    def view(self) -> Batches:
+        """Return the same batches as a map-style dataset, for the workers of a `torch.utils.data.DataLoader`."""
+        return Batches(self)
+
+    def read(self, number: int) -> HostBatch:
+        """Read a batch of the global order into memory of its own; raises as `batches` does."""
+        portion, own = self._mix.locate(number)
+        return self.portions[portion].read(number, self.portions[portion].locate(own))
+
+    def _expect(self, number: int) -> tuple[Portion, Located]:
+        dataset, own = self._mix.locate(number)
+        portion = self.portions[dataset]
+        located = portion.locate(own)
+        portion.expect(located)
+        return portion, located
+
+    def _read(self, number: int, place: tuple[Portion, Located], memory: Buffers) -> HostBatch:
+        portion, located = place
+        return portion.read(number, located, memory)
+
+    def null_caption(self) -> Tensor:
+        """Return the features of the empty caption, bf16 (n, D).
+
+        Raises:
+            DataError: If the text set has none, or they are damaged.
+        """
+        return self.mixture.null_caption()
+
+    def first_captions(self, count: int) -> list[Tensor]:
+        """Return captions of samples from all over the first dataset, bf16 (n_i, D) each; the same ones each time."""
+        samples = len(self.portions[0].joined)
+        count = min(count, samples)
+        return self.portions[0].captions(np.arange(count) * samples // max(count, 1))
+
+    def commonest_bucket(self) -> Bucket:
+        """Return the bucket with the most samples."""
+        counts = sum(one.order.bucket_counts for one in self.portions)
+        return self.portions[0].buckets[int(np.argmax(counts))]
+
+    def quality(self) -> list[Quality]:
+        """Return how well the order of each dataset shuffles."""
+        return [
+            shuffle_quality(
+                one.order,
+                _QUALITY_BATCHES,
+                lambda samples, one=one: one.images.entries[one.joined.images[samples]]["shard"],  # type: ignore[misc]
+            )
+            for one in self.portions
+        ]
 
     def facts(self) -> dict[str, Any]:
         """Return where the features come from, for a checkpoint to keep: encoders, policies, digests and counts."""
-        sets = {"image": self.images, "text": self.mixture.main}
+        facts = self.portions[0].facts()
+        if len(self.portions) > 1:
+            further = zip(self.data.mix, self.portions[1:], strict=True)
+            facts["mix"] = [
+                {"features": given.features, "weight": given.weight, **portion.facts()} for given, portion in further
+            ]
+        return facts | {"resolution_px": self.images.manifest.policy["resolution_px"]}
+
+    def order_facts(self) -> dict[str, Any]:
+        """Return what decides which samples are in a batch, by the keys of the job file; for JSON."""
+        image_sets = [one.images for one in self.portions]
+        text_sets = [features for one in self.portions for features in one.mixture.sets]
+        data = self.data
         facts: dict[str, Any] = {
-            kind: {"model": s.manifest.model, "policy": s.manifest.policy, "index_sha256": s.manifest.index_sha256}
-            for kind, s in sets.items()
+            "data.image_set": ", ".join(map(_digest, image_sets)),
+            "data.text_set": ", ".join(map(_digest, text_sets)),
+            "data.where": data.where,
+            "data.batch_size": data.batch_size,
+            "data.run_length": self.portions[0].order.run_length,
+            "data.block_rows": data.block_rows,
         }
-        if len(self.mixture.sets) > 1:
-            facts["text_mix"] = {
-                name: {"share": share, "samples": count} for name, (share, count) in self.mixture.shares().items()
-            }
-        return facts | {"resolution_px": self.images.manifest.policy["resolution_px"], "counts": asdict(self.counts)}
+        if data.scores is not None:  # what they chose: the table may have been written anew
+            facts["data.scores"] = ", ".join(one.choice for one in self.portions)
+        if data.mix:
+            facts |= {"data.weight": data.weight, "data.mix": [one.weight for one in data.mix]}
+        return facts
 
     def require(self, model: Model) -> None:
         """Check that a model fits the features.
@@ -178,142 +214,64 @@ class Dataset:
                 f"set model.base_size = {cells}, and at 1024 px model.interpolation_scale = 2"
             )
 
-    def null_caption(self) -> Tensor:
-        """Return the features of the empty caption, bf16 (n, D).
-
-        Raises:
-            DataError: If the text set has none, or they are damaged.
-        """
-        texts = self.mixture.main
-        place = texts.manifest.model.get("null")
-        if not place:
-            raise DataError(f"{texts.root}: no features of the empty caption; extract the text set again")
-        tokens = np.empty(tensor_shape(place, texts.manifest), np.int16)
-        read_checked(texts, place["path"], place, "the empty caption", tokens)
-        return torch.from_numpy(tokens).view(torch.bfloat16)  # (n, D)
-
-    def first_captions(self, count: int) -> list[Tensor]:
-        """Return captions of the first samples in the index, bf16 (n_i, D) each; the same ones each time."""
-        captions = []
-        for row in range(min(count, len(self))):
-            text, _ = self.mixture.read([row], [self._keys[row].as_py()], seed=0, epoch=0)
-            captions.append(torch.from_numpy(text[0]).view(torch.bfloat16))
-        return captions
-
-    def commonest_bucket(self) -> Bucket:
-        """Return the bucket with the most samples."""
-        number = int(np.argmax(np.bincount(self._bucket_of)))
-        row = int(np.argmax(self._bucket_of == number))
-        height_px, width_px = (int(self._image[name][row]) for name in ("height_px", "width_px"))
-        return Bucket(f"{self._ratios[number]:.2f}", height_px, width_px)
-
-    def plan(self, seed: int, epoch: int) -> Plan:
-        """Return the batches of an epoch."""
-        return epoch_plan(self._bucket_of, self.data.batch_size, seed, epoch)
-
-    def batches(self, position: Position) -> Generator[tuple[Position, Batch], None, None]:
-        """Yield batches from a position on, without end, read ahead by a few threads.
-
-        Raises:
-            DataError: Where a sample is damaged, naming it.
-        """
-        ahead: deque[tuple[Position, Future[Batch]]] = deque()
-        pool = ThreadPoolExecutor(self.data.num_threads, thread_name_prefix="read")
-        with contextlib.closing(self._positions(position)) as positions:
-            try:
-                while True:
-                    while len(ahead) <= self.data.num_prefetch:
-                        place, rows = next(positions)
-                        ahead.append((place, pool.submit(self.read, rows, place.seed, place.epoch)))
-                    place, future = ahead.popleft()
-                    yield place, future.result()
-            finally:
-                pool.shutdown(cancel_futures=True)
-
-    def read(self, rows: Sequence[int] | Rows, seed: int = 0, epoch: int = 0) -> Batch:
-        """Read samples of one bucket, checking every tensor against the checksum in the index.
-
-        Args:
-            seed: Of the run; it and the epoch decide which of several texts a sample gets.
-            epoch: From 0.
-
-        Raises:
-            DataError: Naming the sample that is damaged or missing.
-        """
-        keys = [self._keys[int(row)].as_py() for row in rows]
-        moments = np.empty((len(rows), *self._moments_shape(int(rows[0]))), np.float16)
-        for row, key, one_moments in zip(rows, keys, moments, strict=True):
-            self._moments.read(int(row), key, one_moments)
-        text, lengths = self.mixture.read(rows, keys, seed, epoch)  # (B, L, D), (B,)
-        mask = np.arange(text.shape[1]) < lengths[:, None]
-        sizes = [self._image[name][rows] for name in ("original_height_px", "original_width_px")]
-        ratios = [self._ratios[self._bucket_of[row]] for row in rows]
-        return Batch(
-            keys,
-            torch.from_numpy(moments),  # (B, 2, C, H, W)
-            torch.from_numpy(text).view(torch.bfloat16),  # (B, L, D)
-            torch.from_numpy(mask),  # (B, L)
-            torch.from_numpy(np.stack(sizes, axis=1)).float(),  # (B, 2)
-            torch.tensor(ratios, dtype=torch.float32),  # (B,)
-        )
-
     def close(self) -> None:
         """Close the shards."""
-        self.images.close()
-        self.mixture.close()
-
-    def _positions(self, start: Position) -> Generator[tuple[Position, Rows], None, None]:
-        epoch, first = start.epoch, start.step
-        while True:
-            plan = self.plan(start.seed, epoch)
-            for step in range(first, len(plan)):
-                yield Position(start.seed, epoch, step), plan[step]
-            epoch, first = epoch + 1, 0
-
-    def _moments_shape(self, row: int) -> tuple[int, ...]:
-        canvas = {name: int(self._image[name][row]) for name in ("height_px", "width_px")}
-        return tensor_shape(canvas, self.images.manifest)
+        for one in self.portions:
+            one.close()
 
 
-def open_dataset(data: Data) -> Dataset:
+def open_dataset(data: Data, seed: int = 0) -> Dataset:
     """Open the features that a job file names and join them by key.
 
+    The plan of which text belongs to which image is made once and kept in `data.cache_dir`.
+
     Raises:
-        ConfigError: If there is no such set.
+        ConfigError: If there is no such set, or what the job file asks for does not fit the sets.
         DataError: If a set is not finished or of the wrong kind, or images and texts have no sample in common.
+        JobError: If the folder for plans cannot be written.
     """
-    root = Path(data.features)
-    images = _open(root / data.image_set, "image", "F16", _IMAGE_COLUMNS)
-    texts = {name: _open(root / name, "text", "BF16", _TEXT_COLUMNS) for name in data.texts}
-    dataset = Dataset(images, Mixture(texts, data.texts), data)
-    counts = dataset.counts
-    if not counts.matched:
-        held = " and ".join(f"{name} {len(one)}" for name, one in texts.items())
-        raise DataError(
-            f"{root}: {data.image_set} holds {len(images)} samples and {held}, with no key in common; extract both "
-            "from the same images"
+    portions = [
+        _open_portion(location(root), data, seed) for root in (data.features, *(one.features for one in data.mix))
+    ]
+    for other in portions[1:]:
+        _require_alike(portions[0], other)
+    return Dataset(portions, data, seed)
+
+
+def cache_folder(data: Data) -> Path:
+    """Return the folder for what can be made again."""
+    if data.cache_dir is not None:
+        return Path(data.cache_dir)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / CACHE
+
+
+def _open_portion(root: Path, data: Data, seed: int) -> Portion:
+    images = _open(root / data.image_set, "image", "F16", data)
+    texts = {name: _open(root / name, "text", "BF16", data) for name in data.texts}
+    if data.flip and not _has_flips(images):
+        raise ConfigError(
+            f"data.flip: {images.root} holds no mirrored images; extract with image.flips = true, or set data.flip = 0"
         )
-    if len(texts) > 1:
-        shares = dataset.mixture.shares().items()
-        held = ", ".join(f"{name} {share:.0%} (of {count} samples)" for name, (share, count) in shares)
-        _log.info("%s: texts are drawn from %s", root, held)
-    _log.info(
-        "%s: %d samples; %d images without text, %d texts without image",
-        root, counts.matched, counts.images_without_text, counts.texts_without_image,
-    )  # fmt: skip
-    return dataset
+    mixture = Mixture(texts, data.texts)
+    keep = None if data.where is None else chosen(images, data.where, Path(data.scores) if data.scores else None)
+    joined = cached_plan(
+        cache_folder(data) / _PLANS,
+        _entries(images),
+        [_entries(one) for one in mixture.sets],
+        len(images.manifest.buckets),
+        keep,
+    )
+    _require_samples(root, data, images, texts, joined)
+    run_length = data.run_length or (_REMOTE_RUN if is_remote(root) else 1)
+    order = Order(joined.bucket_counts, data.batch_size, seed, run_length, data.block_rows)
+    choice = "" if keep is None else hashlib.sha256(np.packbits(keep).data).hexdigest()[:_DIGITS]
+    portion = Portion(images, mixture, joined, order, choice, data.flip, data.damaged)
+    _tell(root, portion)
+    return portion
 
 
-def pad(captions: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return captions (n_i, D) as one tensor (B, L, D), zeros after each end, and its mask (B, L)."""
-    text = torch.nn.utils.rnn.pad_sequence(list(captions), batch_first=True)  # (B, L, D)
-    lengths = torch.tensor([len(caption) for caption in captions], device=text.device)  # (B,)
-    mask = torch.arange(text.shape[1], device=text.device) < lengths[:, None]  # (B, L)
-    return text, mask
-
-
-def _open(root: Path, kind: str, dtype: str, columns: list[str]) -> FeatureSet:
-    if not root.is_dir():
+def _open(root: Path, kind: str, dtype: str, data: Data) -> FeatureSet:
+    if not retrying(root.is_dir, root, "read"):
         there = ", ".join(feature_sets(root.parent)) or "none"
         raise ConfigError(f"data.{kind}_set: no feature set {root.name} in {root.parent}; sets there: {there}")
     manifest = read_manifest(root)
@@ -322,9 +280,64 @@ def _open(root: Path, kind: str, dtype: str, columns: list[str]) -> FeatureSet:
         raise DataError(
             f"{root}: expected {kind} features in {dtype}, found {found[0]} in {found[1]}; name another set"
         )
-    return FeatureSet(root, columns)
+    return open_set(root, cache_folder(data), data.cache_bytes)
 
 
-def _shuffled(count: int, seed: int, epoch: int, purpose: int) -> Rows:
-    key = np.random.SeedSequence([seed, epoch, purpose]).generate_state(2, np.uint64)
-    return np.argsort(np.random.Philox(key=key).random_raw(count), kind="stable").astype(np.int64)
+def _digest(features: FeatureSet) -> str:
+    return f"{features.root.name} ({features.manifest.index_sha256[:_DIGITS]})"
+
+
+def _entries(features: FeatureSet) -> EntriesFile:
+    return EntriesFile(features.entries_path, features.manifest.entries_sha256)
+
+
+def _has_flips(images: FeatureSet) -> bool:
+    offsets = images.entries["flipped_offset"]
+    return any(offsets[start : start + _LOOK_ROWS].any() for start in range(0, len(offsets), _LOOK_ROWS))
+
+
+def _require_samples(root: Path, data: Data, images: FeatureSet, texts: dict[str, FeatureSet], joined: Joined) -> None:
+    counts = joined.counts
+    if counts.samples:
+        return
+    if counts.left_out == counts.images and counts.images:
+        raise DataError(f"{root}: none of {counts.images} images matches data.where = {data.where!r}; change it")
+    held = " and ".join(f"{name} {len(one)}" for name, one in texts.items())
+    raise DataError(
+        f"{root}: {data.image_set} holds {len(images)} samples and {held}, with no key in common; extract both "
+        "from the same images"
+    )
+
+
+def _require_alike(first: Portion, other: Portion) -> None:
+    """Check that batches of two datasets can follow each other in training."""
+    facts = [
+        {
+            "the text encoder": encoder(one.mixture.main),
+            "the resolution": one.images.manifest.policy["resolution_px"],
+            "the image encoder": encoder(one.images),
+            "the latents": {name: one.images.manifest.model.get(name) for name in _LATENTS},
+            "the bucket table": [(b.ratio, b.height_px, b.width_px) for b in one.buckets],
+        }
+        for one in (first, other)
+    ]
+    for what, wanted in facts[0].items():
+        if facts[1][what] != wanted:
+            raise ConfigError(
+                f"data.mix: {other.images.root.parent}: expected {what} of {first.images.root.parent}, {wanted}, found "
+                f"{facts[1][what]}; extract it with the same settings, or leave it out"
+            )
+
+
+def _tell(root: Path, portion: Portion) -> None:
+    counts = portion.joined.counts
+    if len(portion.mixture.sets) > 1:
+        held = ", ".join(
+            f"{name} {share:.0%} (of {count} samples)" for name, (share, count) in portion.shares().items()
+        )
+        _log.info("%s: texts are drawn from %s", root, held)
+    left_out = f", {counts.left_out} left out" if counts.left_out else ""
+    _log.info(
+        "%s: %d samples; %d images without text, %s texts without image%s",
+        root, counts.samples, counts.without_text, " + ".join(map(str, counts.texts_without_image)), left_out,
+    )  # fmt: skip

@@ -36,6 +36,8 @@ class Meter:
     _grad_norms: list[Tensor] = field(default_factory=list)
     _images: int = 0
     _data_s: float = 0.0
+    _skipped: int = 0
+    _skipped_before: int = 0
     _since: float = field(default_factory=time.perf_counter)
 
     def rewind(self) -> None:
@@ -51,18 +53,20 @@ class Meter:
             lines = path.read_text().splitlines(keepends=True)
             whole = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last line
             kept = [line for line in whole if json.loads(line)["step"] <= self.step]
+            self._skipped_before = sum(json.loads(line).get("skipped", 0) for line in kept)
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}: not a file of metrics ({error}); move it away and run again") from error
         if len(kept) < len(lines):
             write_atomic(path, "".join(kept).encode())
 
-    def add(self, loss: Tensor, grad_norm: Tensor, images: int, data_s: float) -> None:
-        """Collect a step: tensors of one number each, and the seconds it waited for data."""
+    def add(self, loss: Tensor, grad_norm: Tensor, images: int, data_s: float, skipped: int = 0) -> None:
+        """Collect a step: tensors of one number each, the seconds it waited for data, and samples it had to replace."""
         self.step += 1
         self._losses.append(loss.detach())
         self._grad_norms.append(grad_norm.detach())
         self._images += images
         self._data_s += data_s
+        self._skipped += skipped
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -101,13 +105,24 @@ class Meter:
             "step_ms": 1000 * seconds / steps,
             "data_ms": 1000 * self._data_s / steps,
             "images_per_s": self._images / seconds,
+            "skipped": self._skipped,
         }
         path = self.run_dir / METRICS
         with storage(path), path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         self._say(line)
-        self._losses, self._grad_norms, self._images, self._data_s = [], [], 0, 0.0
+        self._skipped_before += self._skipped
+        self._losses, self._grad_norms, self._images, self._data_s, self._skipped = [], [], 0, 0.0, 0
         self._since = time.perf_counter()
+
+    def conclude(self) -> None:
+        """Say what the whole run, the parts before a restart included, had to do without."""
+        if self._skipped_before:
+            _log.warning(
+                "%s: %d samples were damaged, and others of their batches took their places; `skipped` in %s says in "
+                "which steps, `pixart verify` on the features names them",
+                self.run_dir, self._skipped_before, METRICS,
+            )  # fmt: skip
 
     def _say(self, line: dict[str, float]) -> None:
         left_s = (self.num_steps - self.step) * line["step_ms"] / 1000

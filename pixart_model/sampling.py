@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pixart_data.buckets import Bucket, bucket_table, nearest_bucket
 from pixart_data.errors import ConfigError
-from pixart_model.dataset import pad
+from pixart_model.batches import pad
 from pixart_model.diffusion import NUM_TIMESTEPS, alphas_bar, generator
 from pixart_model.model import PixArt
 

@@ -1,7 +1,7 @@
 """Training from feature shards: `run(job)` starts, continues or recognises a finished run.
 
-Step k draws all its randomness from (seed, k) and its samples from the plan of (seed, epoch), so a run that was stopped
-and continued gives the same weights as one that was not: bit for bit on a CPU, up to the order of sums on a GPU.
+Step k draws all its randomness from (seed, k) and trains on batch k of the order of seed, so a run that was stopped and
+continued gives the same weights as one that was not: bit for bit on a CPU, up to the order of sums on a GPU.
 
 Legend: B batch, C latent channels, H W latent cells, L text tokens, D width of the text encoder; x clean latents,
 x_t noisy ones, t timesteps, eps noise, y captions.
@@ -27,8 +27,9 @@ from pixart_data.errors import ConfigError, JobError
 from pixart_data.leases import output_lock
 from pixart_data.storage import make_dir, write_atomic
 from pixart_model import checkpoint
+from pixart_model.batches import HostBatch
 from pixart_model.config import Optim, Train
-from pixart_model.dataset import Batch, Dataset, Position, open_dataset
+from pixart_model.dataset import Dataset, Position, open_dataset
 from pixart_model.devices import resolve_device, resolve_dtype
 from pixart_model.diffusion import NUM_TIMESTEPS, Diffusion, generator
 from pixart_model.grid import Painter
@@ -79,7 +80,7 @@ def run(job: Train) -> Path:
     """
     device = resolve_device(job.run.device)
     run_dir = make_dir(Path(job.run.output))
-    with output_lock(run_dir), contextlib.closing(open_dataset(job.data)) as dataset:
+    with output_lock(run_dir), contextlib.closing(open_dataset(job.data, job.run.seed)) as dataset:
         dataset.require(job.model)
         last = checkpoint.latest(run_dir)
         if last is not None:
@@ -104,11 +105,11 @@ def run(job: Train) -> Path:
         return _loop(state, setting, dataset, run_dir)
 
 
-def train_step(state: State, batch: Batch, setting: Setting) -> tuple[Tensor, Tensor]:
+def train_step(state: State, host_batch: HostBatch, setting: Setting) -> tuple[Tensor, Tensor]:
     """Do one optimizer step; returns its loss and the norm of its gradient before clipping, on the device."""
     optim, device = setting.job.optim, setting.device
     rng = generator(device, setting.job.run.seed, state.step)
-    batch = batch.to(device)
+    batch = host_batch.to(device)
 
     mean, std = batch.moments.float().unbind(1)  # (B, C, H, W) each
     x = mean + std * torch.randn(mean.shape, generator=rng, device=device)  # (B, C, H, W)
@@ -171,15 +172,16 @@ def _loop(state: State, setting: Setting, dataset: Dataset, run_dir: Path) -> Pa
     meter = Meter(run_dir, state.step, job.run.num_steps)
     meter.rewind()
     _log.info("%s: step %d of %d, on %s", run_dir, state.step, job.run.num_steps, setting.device)
-    with contextlib.closing(dataset.batches(_position(job, dataset, state.step))) as batches:
+    pinned = setting.device.type == "cuda"
+    with contextlib.closing(dataset.batches(state.step, pinned=pinned)) as batches:
         while True:
             asked = time.perf_counter()
-            _, batch = next(batches)
+            batch = next(batches)
             data_s = time.perf_counter() - asked
             lr = learning_rate(job.optim, state.step)
             with _room_for(job):
                 loss, grad_norm = train_step(state, batch, setting)
-            meter.add(loss, grad_norm, len(batch), data_s)
+            meter.add(loss, grad_norm, len(batch), data_s, len(batch.skipped))
             done = state.step == job.run.num_steps
             if done or state.step % job.run.log_every == 0:
                 meter.write(lr)
@@ -192,6 +194,7 @@ def _loop(state: State, setting: Setting, dataset: Dataset, run_dir: Path) -> Pa
                         _log.info("drawing %d pictures", job.grid.num_images)
                         painter.draw(state.ema, run_dir / "grids" / f"{last.name}.png")
             if done:
+                meter.conclude()
                 return last
 
 
@@ -239,16 +242,7 @@ def _steps_done(job: Train, dataset: Dataset, last: Path) -> int:
 def _resumes(job: Train, dataset: Dataset) -> dict[str, Any]:
     """What decides the weights' shapes and the order of samples, so cannot change inside a run."""
     model = {f"model.{key}": value for key, value in job.model.model_dump(exclude={"size"}).items()}
-    sets = {"data.image_set": [dataset.images], "data.text_set": dataset.mixture.sets}
-    digests = {
-        key: ", ".join(f"{one.root.name} ({one.manifest.index_sha256[:12]})" for one in group)
-        for key, group in sets.items()
-    }
-    return model | digests | {"data.batch_size": job.data.batch_size, "run.seed": job.run.seed}
-
-
-def _position(job: Train, dataset: Dataset, step: int) -> Position:
-    return Position(job.run.seed, *divmod(step, dataset.num_batches))
+    return model | dataset.order_facts() | {"run.seed": job.run.seed}
 
 
 def _snapshot(state: State, setting: Setting, dataset: Dataset) -> checkpoint.Snapshot:
@@ -256,7 +250,7 @@ def _snapshot(state: State, setting: Setting, dataset: Dataset) -> checkpoint.Sn
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     resumes = _resumes(job, dataset)
     meta = checkpoint.Meta(state.step, job.model.model_dump(), dataset.facts(), resumes, versions)
-    position = vars(_position(job, dataset, state.step))
+    position = vars(Position(job.run.seed, state.step))
     training = {"optimizer": state.optimizer.state_dict(), "position": position}
     return checkpoint.Snapshot(
         meta,

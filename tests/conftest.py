@@ -18,6 +18,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before any library reads it, so that Ray's
 os.environ.pop("RAY_ADDRESS", None)  # tests start a Ray of their own
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _cache_of_its_own(tmp_path_factory):
+    """Plans of tests are nothing for the cache of whoever runs them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def miniatures(tmp_path_factory):
     """Folders of the miniature `llava`, `t5` and `vae`."""

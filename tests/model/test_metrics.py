@@ -27,7 +27,7 @@ def test_a_line_holds_the_means_of_its_steps_without_the_time_of_saving(tmp_path
     with caplog.at_level("INFO"):
         meter.write(2e-5)
     [line] = [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    expected = {"step": 102, "loss": 1.5, "grad_norm": 0.81, "lr": 2e-5, "step_ms": 412, "data_ms": 3}
+    expected = {"step": 102, "loss": 1.5, "grad_norm": 0.81, "lr": 2e-5, "step_ms": 412, "data_ms": 3, "skipped": 0}
     assert line == pytest.approx({**expected, "images_per_s": 256 / 0.412})
     assert caplog.messages == [
         "step 000102/007300 1.4% | loss 1.5000 | grad 0.81 | lr 2.0e-05 | 412 ms | data 3 ms | 621 img/s | eta 49.4 min"

@@ -10,111 +10,124 @@ import torch
 from pixart_data.errors import ConfigError
 from pixart_data.shards import FeatureSet
 from pixart_model.config import Data
-from pixart_model.dataset import Position, open_dataset
+from pixart_model.dataset import open_dataset
 from pixart_model.train import run
+from tests.model.conftest import change_manifest, write_text_set
 
 MIX = {"text": 0.6, "short": 0.3, "raw": 0.1}
 
 
 @pytest.fixture(scope="module")
-def mixed(features, tmp_path_factory):
-    """The features of all the tests, with texts `short` of every third sample and `raw` of the two that lack others."""
-    from tests.model.conftest import write_text_set
+def texts(features, tmp_path_factory):
+    """The features of all the tests, with texts `short` of every third sample and `raw` of the two that lack others.
 
+    And what is to be read of them, by set and key; `short` is stored by another codec.
+    """
     root = tmp_path_factory.mktemp("mixed") / "features"
     shutil.copytree(features, root)
+    shutil.rmtree(root / "text")
     keys = [f"source/{i:03d}" for i in range(25)]
-    write_text_set(root / "short", keys[::3], np.random.default_rng(1))
-    write_text_set(root / "raw", [*keys[20:], "source/stranger"], np.random.default_rng(2))
-    return root
+    return root, {
+        "text": write_text_set(root / "text", [*reversed(keys[:23]), "source/orphan"], np.random.default_rng(0)),
+        "short": write_text_set(root / "short", keys[::3], np.random.default_rng(1), "int8"),
+        "raw": write_text_set(root / "raw", [*keys[20:], "source/stranger"], np.random.default_rng(2)),
+    }
 
 
 @pytest.fixture
-def dataset(mixed):
-    opened = open_dataset(Data(features=str(mixed), text_mix=MIX, batch_size=4))
-    yield opened
-    opened.close()
+def mixed(texts):
+    return texts[0]
 
 
-def texts_of(root, name):
-    """Every text of a set, by key, as it was written."""
-    one = FeatureSet(root / name)
-    rows = one.index.to_pylist()
-    places = ((row["key"], row["shard"], row["offset_bytes"], row["size_bytes"], row["num_tokens"]) for row in rows)
-    found = {key: one.read_tensor(shard, start, size, (n, 24)) for key, shard, start, size, n in places}
-    one.close()
-    return found
+@pytest.fixture
+def opened(mixed):
+    """Opens the mixture, and closes it in the end."""
+    datasets = []
+
+    def open_(seed=0, **data):
+        datasets.append(open_dataset(Data(features=str(mixed), **{"text_mix": MIX, "batch_size": 4, **data}), seed))
+        return datasets[-1]
+
+    yield open_
+    for dataset in datasets:
+        dataset.close()
 
 
-def drawn(dataset, root, seed, epoch):
-    """Which set every sample's text of an epoch came from, told by its content."""
-    known = {name: texts_of(root, name) for name in dataset.data.texts}
+def drawn(dataset, known, num_batches):
+    """Which set each sample's text came from, told by its content: of each key, the draws of its epochs in order."""
     names = {}
-    for _, batch in itertools.islice(dataset.batches(Position(seed, epoch, 0)), dataset.num_batches):
+    for host in itertools.islice(dataset.batches(), num_batches):
+        batch = host.to(torch.device("cpu"))
         for key, text, mask in zip(batch.keys, batch.text, batch.mask, strict=True):
-            values = text[mask].view(torch.int16).numpy().view(np.uint16)
-            [names[key]] = [n for n, texts in known.items() if key in texts and np.array_equal(texts[key], values)]
+            found = [n for n, texts in known.items() if key in texts and torch.equal(texts[key], text[mask])]
+            names.setdefault(key, []).extend(found)
+            assert len(found) == 1
             assert not text[~mask].any()
     return names
 
 
-def test_a_sample_is_there_if_any_set_has_its_text(dataset):
-    assert vars(dataset.counts) == {"matched": 25, "images_without_text": 0, "texts_without_image": 2}
-    assert len(dataset) == 25
+def test_a_sample_is_there_if_any_set_has_its_text(opened):
+    counts = opened().facts()["counts"]
+    assert (counts["samples"], counts["without_text"]) == (25, 0)
+    assert (counts["texts"], counts["texts_without_image"]) == ([5, 9, 23], [1, 0, 1])
 
 
-def test_texts_come_from_the_sets_that_have_them_as_the_weights_say(dataset, mixed):
-    held = {name: texts_of(mixed, name).keys() for name in MIX}
-    epochs = [drawn(dataset, mixed, 0, epoch) for epoch in range(60)]
-    for names in epochs:
-        assert len(names) == 25
-        assert all(key in held[name] for key, name in names.items())
-    both = [key for key in held["text"] & held["short"] - held["raw"] if key != "source/orphan"]
-    shares = [names[key] == "text" for names in epochs for key in both]
+def test_texts_come_from_the_sets_that_have_them_as_the_weights_say(opened, texts):
+    root, known = texts
+    names = drawn(opened(), known, 400)
+    assert len(names) == 25
+    assert all(key in known[name] for key, found in names.items() for name in found)
+    both = [key for key in known["text"].keys() & known["short"].keys() - known["raw"].keys() if key in names]
+    shares = [name == "text" for key in both for name in names[key]]
     assert len(shares) > 300
     assert np.mean(shares) == pytest.approx(0.6 / 0.9, abs=0.08)  # three standard errors
-    assert {names["source/023"] for names in epochs} == {"raw"}
-    assert {names["source/001"] for names in epochs} == {"text"}
-    assert {names["source/021"] for names in epochs} == {"text", "short", "raw"}
+    assert set(names["source/023"]) == {"raw"}
+    assert set(names["source/001"]) == {"text"}
+    assert set(names["source/021"]) == {"text", "short", "raw"}
 
 
-def test_draws_depend_on_seed_epoch_and_key_alone(dataset, mixed):
-    first = drawn(dataset, mixed, 0, 0)
-    assert drawn(dataset, mixed, 0, 0) == first
-    assert len({tuple(sorted(drawn(dataset, mixed, *where).items())) for where in ((0, 0), (0, 1), (1, 0))}) == 3
+def test_draws_depend_on_seed_epoch_and_key_alone(opened, texts):
+    names = drawn(opened(), texts[1], 90)
+    assert drawn(opened(), texts[1], 90) == names
+    assert drawn(opened(seed=1), texts[1], 90) != names
+    assert len({tuple(found[:8]) for found in names.values()}) > 6
     turned = {name: 10 * weight for name, weight in reversed(MIX.items())}
-    other = open_dataset(Data(features=str(mixed), text_mix=turned, batch_size=7, num_threads=1))
-    assert drawn(other, mixed, 0, 0) == first
-    other.close()
+    other = drawn(opened(text_mix=turned, batch_size=7, num_threads=1), texts[1], 50)
+    assert {key: found[:8] for key, found in other.items()} == {key: found[:8] for key, found in names.items()}
 
 
-def test_any_position_continues_the_same_texts(dataset):
-    count = dataset.num_batches + 3
-    stream = [batch.text for _, batch in itertools.islice(dataset.batches(Position(5, 0, 0)), count)]
-    rest = dataset.batches(Position(5, 0, 2))
-    for text, (_, batch) in zip(stream[2:], rest, strict=False):
-        assert torch.equal(text, batch.text)
+def test_any_position_continues_the_same_texts(opened):
+    dataset = opened(seed=5)
+    for number, batch in zip(range(2, 9), dataset.batches(2), strict=False):
+        again = dataset.read(number).to(torch.device("cpu"))
+        assert torch.equal(again.text, batch.to(torch.device("cpu")).text)
 
 
-def test_a_mix_of_one_set_is_that_set(mixed):
-    alone, mix = (
-        open_dataset(Data(features=str(mixed), **given)) for given in ({"text_set": "text"}, {"text_mix": {"text": 3}})
-    )
-    assert alone.counts == mix.counts
+def test_a_mix_of_one_set_is_that_set(opened):
+    alone, mix = opened(text_mix={}, text_set="text"), opened(text_mix={"text": 3})
     assert alone.facts() == mix.facts()
-    rows = alone.plan(0, 0)[0]
-    assert torch.equal(alone.read(rows).text, mix.read(rows, 9, 9).text)
-    alone.close()
-    mix.close()
+    cpu = torch.device("cpu")
+    assert all(torch.equal(alone.read(i).to(cpu).text, mix.read(i).to(cpu).text) for i in range(9))
 
 
-def test_a_mix_is_told_of(mixed, dataset, caplog):
+def test_packed_captions_of_several_sets_are_in_the_order_of_the_samples(opened):
+    dataset, cpu = opened(), torch.device("cpu")
+    several = 0
+    for number in range(12):
+        batch = dataset.read(number)
+        several += len(batch.texts) > 1
+        packed, padded = batch.to(cpu, packed=True), batch.to(cpu)
+        assert torch.equal(packed.text, padded.text[padded.mask])
+        assert packed.offsets.diff().tolist() == batch.lengths.tolist() == padded.mask.sum(1).tolist()
+    assert several > 3
+
+
+def test_a_mix_is_told_of(mixed, opened, caplog):
     with caplog.at_level(logging.INFO):
-        open_dataset(Data(features=str(mixed), text_mix=MIX)).close()
+        facts = opened().facts()
     assert (
         "texts are drawn from raw 10% (of 5 samples), short 30% (of 9 samples), text 60% (of 23 samples)" in caplog.text
     )
-    facts = dataset.facts()
     assert facts["text_mix"]["short"] == {"share": pytest.approx(0.3), "samples": 9}
     assert facts["text"]["index_sha256"] == FeatureSet(mixed / "text").manifest.index_sha256
     assert json.loads(json.dumps(facts)) == facts
@@ -122,10 +135,7 @@ def test_a_mix_is_told_of(mixed, dataset, caplog):
 
 def test_sets_of_different_encoders_do_not_mix(mixed, tmp_path):
     shutil.copytree(mixed, tmp_path / "copy")
-    path = tmp_path / "copy/short/manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["model"]["revision"] = "another"
-    path.write_text(json.dumps(manifest))
+    change_manifest(tmp_path / "copy/short", lambda fields: fields["model"].update(revision="another"))
     with pytest.raises(ConfigError, match=r"data.text_mix: expected sets of one encoder, found .*'def'.*'another'"):
         open_dataset(Data(features=str(tmp_path / "copy"), text_mix=MIX))
 

@@ -5,13 +5,16 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
+from jobs.train import train as command
 from pixart_data.config import resolved_toml
-from pixart_data.errors import ConfigError, JobError
+from pixart_data.errors import ConfigError, DataError, JobError
 from pixart_model import checkpoint, train
 from pixart_model.config import Optim
+from tests.model.conftest import damage, write_image_set, write_text_set
 
 
 def same(a, b):
@@ -44,7 +47,7 @@ def test_six_steps_are_three_and_three_more_bit_for_bit(make_job, tmp_path, mode
 def test_resume_across_an_epoch_and_a_kill_mid_way(make_job, tmp_path):
     run = {"num_steps": 10, "keep_last": 9}
     dataset = train.open_dataset(make_job().data)
-    assert dataset.num_batches < 9, "the checkpoint at 9 is in the second epoch"
+    assert dataset.num_batches() < 9, "the checkpoint at 9 is in the second epoch"
     dataset.close()
     straight = train.run(make_job(run={**run, "output": str(tmp_path / "a")}))
     job = make_job(run={**run, "output": str(tmp_path / "b")})
@@ -54,6 +57,36 @@ def test_resume_across_an_epoch_and_a_kill_mid_way(make_job, tmp_path):
     assert same(checkpoint.load(straight).model, checkpoint.load(again).model)
     steps = [json.loads(line)["step"] for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps))
+
+
+def test_mirrored_and_skipped_samples_are_the_same_after_a_restart_and_are_accounted_for(tmp_path, make_job, caplog):
+    root = tmp_path / "features"
+    keys = [f"source/{i:03d}" for i in range(25)]
+    write_image_set(root / "256px", keys, np.random.default_rng(0), flips=True)
+    write_text_set(root / "text", keys, np.random.default_rng(1), "bf16-packed")
+    damage(root / "text", "source/004")
+    data = {"features": str(root), "flip": 0.5, "damaged": "skip"}
+
+    def train_to(name, num_steps):
+        return train.run(make_job(data=data, run={"output": str(tmp_path / name), "num_steps": num_steps}))
+
+    whole = train_to("whole", 16)
+    train_to("cut", 9)
+    caplog.clear()
+    rest = train_to("cut", 16)
+    assert same(checkpoint.load(whole).model, checkpoint.load(rest).model)
+    skipped = {}
+    for name in ("whole", "cut"):
+        lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        skipped[name] = sum(line["skipped"] for line in lines)
+    dataset = train.open_dataset(make_job(data=data).data)
+    expected = sum(len(dataset.read(step).skipped) for step in range(16))
+    dataset.close()
+    assert skipped == {"whole": expected, "cut": expected}
+    assert expected >= 2
+    assert f"{expected} samples were damaged, and others of their batches took their places" in caplog.text
+    with pytest.raises(DataError, match="sample source/004: .* or set data.damaged = 'skip'"):
+        train.run(make_job(data={**data, "damaged": "fail"}, run={"output": str(tmp_path / "fail"), "num_steps": 16}))
 
 
 def test_grad_checkpointing_does_not_move_numbers(make_job, tmp_path):
@@ -106,6 +139,9 @@ def test_the_run_directory_holds_the_resolved_job(make_job, tmp_path):
         ({"model": {"depth": 3}}, "model.depth"),
         ({"model": {"micro_conditioning": True}}, "model.micro_conditioning"),
         ({"data": {"batch_size": 5}}, "data.batch_size"),
+        ({"data": {"run_length": 2}}, "data.run_length"),
+        ({"data": {"block_rows": 1000}}, "data.block_rows"),
+        ({"data": {"where": 'bucket != "9.00"'}}, "data.where"),
         ({"run": {"seed": 1}}, "run.seed"),
     ],
 )
@@ -201,6 +237,19 @@ def test_the_average_follows_its_formula(make_job):
         torch.testing.assert_close(p, before[name] + 0.1)
 
 
+def test_a_dry_run_counts_the_work_and_says_how_well_it_is_shuffled(make_job, features, tmp_path, capsys):
+    command(make_job(run={"num_steps": 23}), dry_run=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "train: from the beginning"
+    assert lines[1] == f"train: 23 samples in 5 batches an epoch, 23 steps (4.0 epochs) -> {tmp_path / 'run'}"
+    assert lines[2].startswith("train: shuffle: a batch of 4 draws from 4.0 runs (4.0), ")
+    assert not (tmp_path / "run").exists()
+    command(make_job(data={"mix": [{"features": str(features), "weight": 3}]}, run={"num_steps": 92}), dry_run=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert "46 samples in 10 batches an epoch, 92 steps (4.0 + 12.0 epochs)" in lines[1]
+    assert len(lines) == 4
+
+
 def test_grids_are_drawn_at_every_checkpoint(make_job, tmp_path):
     pytest.importorskip("diffusers")
     image = pytest.importorskip("PIL.Image")
@@ -232,8 +281,8 @@ def test_the_latents_are_shifted_and_scaled_draws_from_the_posterior(make_job, m
     monkeypatch.setattr(train.Diffusion, "q_sample", spy)
     job = make_job(run={"num_steps": 1})
     train.run(job)
-    dataset = train.open_dataset(job.data)
-    _, batch = next(dataset.batches(train.Position(job.run.seed, 0, 0)))
+    dataset = train.open_dataset(job.data, job.run.seed)
+    batch = dataset.read(0)
     dataset.close()
     mean, std = batch.moments.float().unbind(1)
     draw = (seen["x"] / 0.18215 + 0.1 - mean) / std
