@@ -30,6 +30,7 @@ NULL_UNIT = "null-caption"
 TEXT_SHARDS = "shards"
 PLAIN_CODEC, LOSSY_CODEC = "bf16", "int8"
 _TEXT_ROWS_PER_READ = 1024
+_NOT_FINITE = "T5 gave infinite values; use text.dtype = 'bf16'"
 _CALIBRATION_CAPTIONS = 1024  # some 80,000 tokens
 
 
@@ -110,7 +111,10 @@ class TextStage:
                     f"{self.root}: no caption in the first {len(calibration.units)} shards to calibrate codec {name} "
                     f"on; set text.codec = '{PLAIN_CODEC}'"
                 )
-            tensors = codecs.calibrate(name, self.encoder.model.encode(captions)).calibration()
+            finite = [features for features in self.encoder.model.encode(captions) if features.isfinite().all()]
+            if not finite:
+                raise DataError(f"{self.root}: {_NOT_FINITE}, for all of the first {len(captions)} captions")
+            tensors = codecs.calibrate(name, finite).calibration()
             write_new(path, safetensors.torch.save(tensors))
         data = read_bytes(path)  # another worker's, perhaps
         codec = codecs.from_manifest(facts, width, safetensors.torch.load(data))
@@ -169,8 +173,7 @@ class TextStage:
             elif encoding.done[caption]:
                 encoding.writer.share(encoding.done[caption], row.key)
             if not encoding.done[caption]:
-                detail = "T5 gave infinite values; use text.dtype = 'bf16'"
-                encoding.writer.reject(row.key, Reason.NONFINITE_FEATURES, detail)
+                encoding.writer.reject(row.key, Reason.NONFINITE_FEATURES, _NOT_FINITE)
         held.clear()
 
     def _add(self, key: str, caption: str, encoded: dict[str, Any], encoding: "_Encoding") -> dict[str, Any]:
@@ -195,7 +198,10 @@ class TextStage:
         return values
 
     def _null(self, writer: FeatureWriter) -> Record:
-        bits = self.encoder({"caption": [""]})["t5"][0]
+        batch = self.encoder({"caption": [""]})
+        if not batch["finite"][0]:
+            raise DataError(f"{self.root}: the empty caption: {_NOT_FINITE}")
+        bits = batch["t5"][0]
         writer.add(TEXT_SHARDS, self._stored(bits), {"key": NULL_UNIT, "num_tokens": len(bits)})
         [file] = writer.finish(schema=None)
         place = {name: writer.rows[0][name] for name in ("offset_bytes", "size_bytes", "crc32", "num_tokens")}

@@ -12,11 +12,12 @@ offset. Little-endian. Each record carries a check of its own, so that a bit tha
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.parquet as pq
 
 from pixart_data.errors import DataError
 
@@ -103,3 +104,18 @@ def map_entries(path: Path, kind: str) -> Entries:
     if not size_bytes:
         return np.empty(0, dtype)
     return np.memmap(path, dtype, mode="r")
+
+
+def read_keys(index: Path, rows: Sequence[int]) -> list[str]:
+    """Return the keys of rows of an index.parquet; only the row groups that hold them are read."""
+    numbers = np.asarray(rows, np.int64)
+    found: dict[int, str] = {}
+    with pq.ParquetFile(index) as file:
+        counts = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        ends = np.cumsum(counts)
+        groups = np.searchsorted(ends, numbers, side="right")
+        for group in np.unique(groups).tolist():
+            keys = file.read_row_group(group, columns=["key"])["key"]
+            first = int(ends[group]) - counts[group]
+            found |= {int(row): keys[int(row) - first].as_py() for row in numbers[groups == group]}
+    return [found[int(row)] for row in rows]

@@ -3,6 +3,7 @@
 Everything is written part by part: an index need not fit into memory.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -123,7 +124,11 @@ class EntryFile:
 
     def keys(self) -> npt.NDArray[np.uint64]:
         """Return the hashes of all keys."""
-        return np.concatenate([part["key"] for part in self._parts()] or [np.empty(0, np.uint64)])
+        keys, end = np.empty(self._num_rows, np.uint64), 0
+        for part in self._parts():
+            start, end = end, end + len(part)
+            keys[start:end] = part["key"]
+        return keys
 
     def held(self, bucket: int) -> dict[str, int]:
         """Return how many rows and shards a bucket has."""
@@ -145,7 +150,9 @@ class EntryFile:
     def _write(self, staged: Path) -> None:
         if not self._num_rows:
             return
-        records = np.memmap(staged, self.dtype, "w+", shape=(self._num_rows,))
+        with staged.open("r+b") as file:  # a full disk is to be an error here, and not a signal at some store below
+            os.posix_fallocate(file.fileno(), 0, self._num_rows * self.dtype.itemsize)
+        records = np.memmap(staged, self.dtype, "r+", shape=(self._num_rows,))
         order = np.lexsort((np.arange(len(self.rows_of)), self._bucket_of_shard))
         starts = np.zeros(len(order), np.int64)
         starts[order] = np.cumsum(self.rows_of[order]) - self.rows_of[order]

@@ -22,6 +22,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -34,7 +35,7 @@ from zlib_ng.zlib_ng import crc32  # the values of zlib's, fifteen times as fast
 
 from pixart_data.commits import MANIFEST
 from pixart_data.config import digest
-from pixart_data.entries import ENTRIES, Entries, map_entries
+from pixart_data.entries import ENTRIES, Entries, map_entries, read_keys
 from pixart_data.errors import DataError, JobError
 from pixart_data.retries import storage
 from pixart_data.storage import discard, exists, read_bytes, require_local
@@ -237,10 +238,9 @@ class FeatureSet:
         self.shards = [str(shard["path"]) for shard in self.manifest.shards]
         self._local = threading.local()
         self._opened: list[weakref.ref[_OpenShards]] = []
-        self._keys: pa.ChunkedArray | None = None
 
-    def __reduce__(self) -> tuple[type["FeatureSet"], tuple[Path]]:
-        return FeatureSet, (self.root,)
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return _open_again, (partial(FeatureSet, self.root), self.manifest.entries_sha256)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -251,10 +251,8 @@ class FeatureSet:
         return pq.read_table(self.index_path)
 
     def keys(self, rows: Sequence[int]) -> list[str]:
-        """Return the keys of rows of the index; the first call reads all keys."""
-        if self._keys is None:
-            self._keys = pq.read_table(self.index_path, columns=["key"])["key"]
-        return [self._keys[int(row)].as_py() for row in rows]
+        """Return the keys of rows of the index; only the row groups that hold them are read."""
+        return read_keys(self.index_path, rows)
 
     def read_into(self, shard: str, offset_bytes: int, *buffers: memoryview) -> None:
         """Fill `buffers`, whose items are single bytes, from a shard with one positioned read.
@@ -344,6 +342,18 @@ class FeatureSet:
             opened = one()
             if opened is not None:
                 opened.close()
+
+
+def _open_again(open_set: Callable[[], FeatureSet], entries_sha256: str) -> FeatureSet:
+    """Open a set in another process, where it must be what it was in the first one.
+
+    Raises:
+        DataError: If it was written anew meanwhile.
+    """
+    features = open_set()
+    if features.manifest.entries_sha256 != entries_sha256:
+        raise DataError(f"{features.root}: was written anew after it had been opened; start again what reads it")
+    return features
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:

@@ -181,7 +181,7 @@ class Dataset:
             "data.text_set": ", ".join(map(_digest, text_sets)),
             "data.where": data.where,
             "data.batch_size": data.batch_size,
-            "data.run_length": self.portions[0].order.run_length,
+            "data.run_length": _one_or_all([one.order.run_length for one in self.portions]),
             "data.block_rows": data.block_rows,
         }
         if data.scores is not None:  # what they chose: the table may have been written anew
@@ -281,6 +281,10 @@ def _open(root: Path, kind: str, dtype: str, data: Data) -> FeatureSet:
             f"{root}: expected {kind} features in {dtype}, found {found[0]} in {found[1]}; name another set"
         )
     return open_set(root, cache_folder(data), data.cache_bytes)
+
+
+def _one_or_all(values: list[int]) -> int | list[int]:
+    return values[0] if len(values) == 1 else values
 
 
 def _digest(features: FeatureSet) -> str:

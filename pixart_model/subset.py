@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pixart_data.commits import file_sha256
 from pixart_data.entries import key_hashes
 from pixart_data.errors import ConfigError, DataError
 from pixart_data.queries import Query, parse
@@ -38,6 +39,11 @@ def chosen(images: FeatureSet, where: str, scores: Path | None = None) -> npt.ND
     """
     query = parse(where)
     index = _open(images.index_path)
+    if file_sha256(images.index_path) != images.manifest.index_sha256:  # rows would be judged by other images' columns
+        raise DataError(
+            f"{images.index_path}: damaged, or of another set; run `pixart extract` again: it is rewritten from its "
+            "parts"
+        )
     table = _Scores(scores, query, index.schema_arrow.names, images) if scores is not None else None
     further = [] if table is None else table.names
     query.require([*index.schema_arrow.names, *further])

@@ -232,10 +232,10 @@ def _steps_done(job: Train, dataset: Dataset, last: Path) -> int:
     for key, value in wanted.items():
         found = meta.resumes.get(key)
         if found != value:
-            raise ConfigError(
-                f"{key}: this job has {value}, the run in {job.run.output} has {found}; "
-                "choose another run.output, or the run's own setting"
-            )
+            advice = "choose another run.output, or the run's own setting"
+            if key in ("data.image_set", "data.text_set"):
+                advice = "the set is another, or was written anew since: choose another run.output"
+            raise ConfigError(f"{key}: this job has {value}, the run in {job.run.output} has {found}; {advice}")
     return meta.step
 
 

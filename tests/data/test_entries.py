@@ -1,6 +1,8 @@
 import hashlib
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pixart_data.entries import (
@@ -11,6 +13,7 @@ from pixart_data.entries import (
     key_hash,
     key_hashes,
     map_entries,
+    read_keys,
     require_whole,
 )
 from pixart_data.errors import DataError
@@ -108,3 +111,14 @@ def test_a_file_that_cannot_be_used_is_a_data_error(tmp_path):
         map_entries(path, "text")
     path.write_bytes(b"")
     assert len(map_entries(path, "image")) == 0
+
+
+def test_keys_are_read_from_the_row_groups_that_hold_them(tmp_path):
+    keys = [f"k{number}" for number in range(10)]
+    with pq.ParquetWriter(tmp_path / "index.parquet", pa.schema([("n", pa.int8()), ("key", pa.string())])) as writer:
+        for group in (keys[:3], [], keys[3:4], keys[4:]):
+            writer.write_table(
+                pa.table({"n": pa.array([0] * len(group), pa.int8()), "key": pa.array(group, pa.string())})
+            )
+    for rows in ([9, 0, 3, 9, 4], [2], [], np.arange(10)):
+        assert read_keys(tmp_path / "index.parquet", rows) == [keys[row] for row in rows]

@@ -1,3 +1,4 @@
+import errno
 import json
 import tempfile
 from collections import Counter
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from pixart_data.commits import PublishedFile, Record, write_record
 from pixart_data.entries import IMAGE_ENTRY, TEXT_ENTRY, checks, key_hash
-from pixart_data.errors import DataError
+from pixart_data.errors import DataError, JobError
 from pixart_data.records import IMAGE_INDEX, REJECTED, TEXT_INDEX
 from pixart_data.seals import seal, without
 from pixart_data.shards import FeatureSet, Manifest, read_manifest
@@ -229,3 +230,18 @@ def test_the_manifest_knows_the_records_it_was_sealed_from(tmp_path):
     problems = {finding.path: finding.problem for finding in verify(tmp_path)}
     assert problems[path].startswith("missing; run `pixart extract` again")
     assert not problems[tmp_path / "manifest.json"]
+
+
+def test_a_full_disk_is_an_error_that_can_be_told(tmp_path, monkeypatch):
+    """Of a file that is only mapped, a full disk would be a signal that kills the process."""
+
+    def full(descriptor, offset, size):
+        assert size == 3 * TEXT_ENTRY.itemsize
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    rows = [text_row(f"k{n}", "shards/a.tar", 64 * (n + 1)) for n in range(3)]
+    record = unit_record(tmp_path, "a", rows, TEXT_INDEX, ["shards/a.tar"])
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(JobError, match="entries.bin: cannot write: the disk is full"):
+        seal(tmp_path, [record], TEXT_INDEX, TEXTS)
+    assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".tmp-") or path.name == "entries.bin"]

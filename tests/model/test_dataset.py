@@ -546,3 +546,33 @@ def test_the_run_length_keeps_neighbours_together(opened):
     assert opened(run_length=4).order_facts()["data.run_length"] == 4
     assert opened().order_facts()["data.run_length"] == 1
     assert read_manifest(opened().images.root).index_sha256[:12] in opened().order_facts()["data.image_set"]
+
+
+def test_a_query_believes_no_index_but_the_one_that_was_sealed(opened, features, tmp_path):
+    shutil.copytree(features, tmp_path / "copy")
+    path = tmp_path / "copy/256px/index.parquet"
+    table = pq.read_table(path)
+    heights = table["original_height_px"].to_pylist()
+    table = table.set_column(table.schema.get_field_index("original_height_px"), "original_height_px", [heights[::-1]])
+    pq.write_table(table, path)
+    opened(tmp_path / "copy")  # does not read it
+    with pytest.raises(DataError, match="index.parquet: damaged, or of another set; run `pixart extract` again"):
+        opened(tmp_path / "copy", where="original_height_px > 130")
+
+
+def test_the_run_lengths_of_all_datasets_decide_the_order(opened, features, tmp_path, monkeypatch):
+    """One that moves to an object store would be read in longer runs."""
+    shutil.copytree(features, tmp_path / "other")
+    monkeypatch.setattr("pixart_model.dataset.is_remote", lambda root: "other" in str(root))
+    mixed = opened(mix=[{"features": str(tmp_path / "other")}])
+    assert mixed.order_facts()["data.run_length"] == [1, 8]
+    assert opened().order_facts()["data.run_length"] == 1
+
+
+def test_a_set_that_was_written_anew_is_not_opened_by_a_worker(opened, features, tmp_path):
+    shutil.copytree(features, tmp_path / "copy")
+    sent = pickle.dumps(opened(tmp_path / "copy"))
+    shutil.rmtree(tmp_path / "copy/text")
+    write_text_set(tmp_path / "copy/text", KEYS[:9], np.random.default_rng(3))
+    with pytest.raises(DataError, match="text: was written anew after it had been opened; start again"):
+        pickle.loads(sent)

@@ -17,6 +17,7 @@ from pipelines.texts import NullCaption, TextStage
 from pixart_data import canvases
 from pixart_data.canvases import preparation
 from pixart_data.codecs import from_manifest
+from pixart_data.encoders import TextEncoder
 from pixart_data.errors import DataError, JobError
 from pixart_data.sections import ImageFeatures, Source, TextFeatures
 from pixart_data.shards import DTYPES, FeatureSet, tensor_shape
@@ -267,3 +268,28 @@ def test_keys_that_are_not_set_redo_nothing(photographs, tmp_path, miniatures):
     image, text = (run.settings(run.units[-1]) for run, _ in extract._runs(job))
     assert not {"flips", "buckets"} & image["image"].keys()
     assert "codec" not in text["text"]
+
+
+def test_captions_that_t5_cannot_encode_are_rows_with_a_reason_whatever_the_codec(
+    captioned, tmp_path, miniatures, monkeypatch
+):
+    def overflowing(self, rows):
+        features = encode(self, rows)
+        return [f * float("inf") if len(f) == most else f for f in features]
+
+    encode = TextEncoder._encode
+    most = 12
+    longest = TextEncoder(TextFeatures(model=miniatures["t5"]))
+    most = max(len(f) for f in longest.encode(["a red square", "blue", "a green circle"]))
+    monkeypatch.setattr(TextEncoder, "_encode", overflowing)
+    counts = []
+    for codec in ("bf16", "int8"):
+        _, records = extract_texts(captioned, tmp_path / codec, miniatures["t5"], codec)
+        counts.append((records[1].rows_out, records[1].rejected))
+    assert counts[0] == counts[1]
+    assert counts[0][1]["nonfinite_features"] >= 1
+    assert counts[0][0] >= 1
+    monkeypatch.setattr(TextEncoder, "_encode", lambda self, rows: [f * float("nan") for f in encode(self, rows)])
+    for codec, message in (("bf16", "the empty caption: T5 gave infinite"), ("int8", "for all of the first")):
+        with pytest.raises(DataError, match=message):
+            extract_texts(captioned, tmp_path / f"nan {codec}", miniatures["t5"], codec)
