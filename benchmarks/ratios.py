@@ -39,14 +39,17 @@ class Speed:
     ceiling: dict[str, float]
     limit: float
 
-    def holds(self, clock: str) -> bool:
-        """Return whether the limit is kept by a clock."""
-        return self.ratios[clock][0] >= self.limit
+    @property
+    def verdict(self) -> str:
+        """Whether the limit is kept by the clock on the wall; "DISK" where the bare loop does not keep it either."""
+        if self.ratios[_WALL][0] >= self.limit:
+            return "PASS"
+        return "DISK" if self.ceiling.get(_WALL, self.limit) < self.limit else "MISSED"
 
     @property
     def missed(self) -> bool:
-        """Whether it is not, by either clock."""
-        return not all(map(self.holds, _CLOCKS))
+        """Whether the limit is not kept where the bare loop would keep it."""
+        return self.verdict == "MISSED"
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ def speed_table(found: Sequence[Speed]) -> str:
     heading = "".join(f"{f'by {clock}':>32}" for clock in _CLOCKS)
     lines = [f"{'samples per second':<38}{'at least':>9}{heading}   pread in place of ours"]
     for one in found:
-        cells = (f"{_cell(one.ratios[clock])} {_verdict(not one.holds(clock))}" for clock in _CLOCKS)
+        cells = (_cell(one.ratios[_WALL]) + f" {one.verdict:<6}", _cell(one.ratios[_CPU]))
         ceiling = ", ".join(f"{value:.2f}" for value in one.ceiling.values())
         lines.append("".join([f"{one.what:<38}{one.limit:>9g}", *(f"{cell:>32}" for cell in cells), f"   {ceiling}"]))
     return "\n".join(line.rstrip() for line in lines)

@@ -23,10 +23,10 @@ machine, is out of reach); before one from a warm cache they are read once. That
 Linux counts as read from a disk. A cold turn is one pass from its start; a warm one passes for at least a second,
 after 16 batches that are not timed.
 
-A ratio is the median of the ratios inside each round, by two clocks: samples per second, and samples per CPU-second
-(user and system, all threads). Each is held against the limit; the exit code is 1 if one is missed. Other work on the
-machine flatters threads by the first clock, and threads that share caches cost more by the second. The last column is
-what the bare loop reaches: where that is below a limit, the disk or the memory is why. torch computes with one thread.
+A ratio is the median of the ratios inside each round. The limits are of samples per second in one process; the same
+per CPU-second (user and system, all threads: ours has two, the others one) stands beside it. The exit code is 1 if a
+limit is missed. The last column is what the bare loop reaches in our place: where that is below a limit, as on a cold
+cache it is below 40 times a reader that waits for its CPU, the verdict is DISK. torch computes with one thread.
 """
 
 import argparse

@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from pixart_data.errors import ConfigError
+
 Given = tuple[Path | None, dict[str, Any]]
 
 
@@ -109,8 +111,29 @@ def _split_arguments(sub: argparse.ArgumentParser) -> None:
 
 def _split_given(args: argparse.Namespace) -> Given:
     path, given = _path_given(args)
-    parts = {name: dict(part.partition("=")[::2] for part in getattr(args, name)) for name in ("share", "where")}
+    parts = {"share": _named("--share", "SHARE", args.share), "where": _named("--where", "QUERY", args.where)}
     return path, {**given, **_out(args), **{name: part for name, part in parts.items() if part}}
+
+
+def _named(flag: str, value: str, texts: list[str]) -> dict[str, str]:
+    """Read `NAME=VALUE`, each name once.
+
+    Raises:
+        ConfigError: If one is of another form, or two have one name: the first would be lost.
+    """
+    named: dict[str, str] = {}
+    for text in texts:
+        name, _, what = text.partition("=")
+        if not name or not what:
+            example = "val=0.01" if value == "SHARE" else "'large=original_width_px >= 1024'"
+            found = "no value" if name else "no name"
+            raise ConfigError(f"{flag} {text}: expected NAME={value}, found {found}; write e.g. {flag} {example}")
+        if name in named:
+            raise ConfigError(
+                f"{flag} {text}: expected each name once, found {name}={named[name]} before; rename or omit one"
+            )
+        named[name] = what
+    return named
 
 
 def _import_arguments(sub: argparse.ArgumentParser) -> None:
@@ -200,3 +223,14 @@ GIVEN = {
     "retry": _retry_given,
     "sample": _sample_given,
 }
+
+FLAGS = {
+    "stats": {"output": "--out FOLDER"},
+    "compact": {"output": "--out FOLDER"},
+    "merge": {"output": "--out FOLDER"},
+    "split": {"output": "--out FOLDER"},
+    "import": {"layout": "--from reference, mds or diffusers", "output": "--out FOLDER"},
+    "export": {"layout": "--to reference or mds", "output": "--out FOLDER"},
+    "sample": {"prompts": "--prompt TEXT", "output": "--out FOLDER"},
+}
+"""What to type for a key that has a flag, said where it is missing."""

@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from jobs.arguments import ARGUMENTS, GIVEN, job_arguments, job_given
+from jobs.arguments import ARGUMENTS, FLAGS, GIVEN, job_arguments, job_given
 from jobs.shape import WATCHED, submit_parser, watch_parser
 from pixart_data.config import Section, load
 from pixart_data.errors import ConfigError, PixArtError
@@ -188,7 +188,7 @@ def read_job(args: argparse.Namespace) -> Section:
     """Build a command's job from its file, what was typed by hand, and `--set`."""
     cls: type[Section] = resolve(COMMANDS[args.command].config, COMMANDS[args.command].extra)
     path, given = GIVEN.get(args.command, job_given)(args)
-    return load(cls, path, args.set, given)
+    return load(cls, path, args.set, given, FLAGS.get(args.command))
 
 
 def resolve(name: str, extra: str) -> Any:

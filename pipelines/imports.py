@@ -179,7 +179,7 @@ def run(job: Import, reasons: Sequence[str] = (), only: Path | None = None) -> l
 
     Args:
         reasons: Of a finished job, do the rows again that were rejected for these.
-        only: Just the feature set in this directory.
+        only: Just the feature set in this directory, named as the job names it.
     """
     wanted = [(run, finish) for run, finish in runs(job) if only is None or str(run.root) == str(only)]
     return [(run, execute(run, job, finish, reasons)) for run, finish in wanted]

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
@@ -44,13 +44,20 @@ ModelId = Annotated[str, AfterValidator(_absolute_if_local)]
 """A hub id such as `llava-hf/llava-1.5-7b-hf`, or a local folder that `from_pretrained` loads."""
 
 
-def load(cls: type[T], path: Path | None, overrides: Sequence[str] = (), given: dict[str, Any] | None = None) -> T:
+def load(
+    cls: type[T],
+    path: Path | None,
+    overrides: Sequence[str] = (),
+    given: dict[str, Any] | None = None,
+    flags: Mapping[str, str] | None = None,
+) -> T:
     """Build a job from its file, the values a command line gave, and `--set` overrides, in that order.
 
     Args:
         path: The TOML job file; None starts from an empty one.
         overrides: Strings `section.key=value`; the value is read as TOML, and as a bare string if it is not TOML.
         given: A tree of values that replaces what the file says.
+        flags: What to type for a key that has a flag of its own, for complaints; others are given with `--set`.
 
     Raises:
         ConfigError: With one line for each problem.
@@ -62,7 +69,7 @@ def load(cls: type[T], path: Path | None, overrides: Sequence[str] = (), given: 
     try:
         return cls.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{where}: {line}" for line in _complaints(cls, error))) from None
+        raise ConfigError("\n".join(f"{where}: {line}" for line in _complaints(cls, error, flags or {}))) from None
 
 
 def resolved_toml(job: Section) -> str:
@@ -113,7 +120,7 @@ def _apply(tree: dict[str, Any], item: str) -> None:
         node[leaf] = text
 
 
-def _complaints(cls: type[Section], error: ValidationError) -> Iterator[str]:
+def _complaints(cls: type[Section], error: ValidationError, flags: Mapping[str, str]) -> Iterator[str]:
     problems = error.errors()
     unknown = [problem["loc"] for problem in problems if problem["type"] == "extra_forbidden"]
     meant = {place: _suggestion(cls, place) for place in unknown}
@@ -127,7 +134,7 @@ def _complaints(cls: type[Section], error: ValidationError) -> Iterator[str]:
             )
         elif problem["type"] == "missing":
             if place not in {(*typed[:-1], name) for typed, name in meant.items()}:  # a typo is complained of once
-                yield f"{dotted}: required, and missing; {_remedy(cls, place)}"
+                yield f"{dotted}: required, and missing; {_remedy(cls, place, flags)}"
         elif problem["type"] == "value_error":
             yield f"{dotted}: {problem['ctx']['error']}" if dotted else str(problem["ctx"]["error"])
         elif problem["type"] == "too_short":
@@ -139,11 +146,12 @@ def _complaints(cls: type[Section], error: ValidationError) -> Iterator[str]:
             yield f"{dotted}: expected {expected}, got {repr(problem.get('input'))[:80]}"
 
 
-def _remedy(cls: type[Section], place: tuple[int | str, ...]) -> str:
+def _remedy(cls: type[Section], place: tuple[int | str, ...], flags: Mapping[str, str]) -> str:
     keys = _known_keys(cls, place)
     if keys:
         return f"add a section [{place[-1]}] to the job file, with {', '.join(keys[:3])} ..."
-    return f"add it to the job file or pass --set {'.'.join(map(str, place))}=..."
+    dotted = ".".join(map(str, place))
+    return f"add it to the job file or pass {flags.get(dotted, f'--set {dotted}=...')}"
 
 
 def _suggestion(cls: type[Section], place: tuple[int | str, ...]) -> str | None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 from zlib_ng.zlib_ng import crc32
 
 from pixart_data.caches import Cache
-from pixart_data.errors import DataError
+from pixart_data.errors import DataError, JobError, TransientError
 from pixart_data.retries import retrying
 from pixart_data.storage import location
 
@@ -76,15 +76,16 @@ class Ranges:
         found |= self._fetch(missing)
         damaged = [place for place in missing if _is_damaged(found[place], place)]
         found |= self._fetch(damaged)  # once more: perhaps it was the way
+        good: dict[str, bytes] = {}
         for place in missing:
             data = found[place]
-            if _is_damaged(data, place):
-                found[place] = DataError(
-                    f"{self.root / place.shard}: damaged at byte {place.offset_bytes:,}: its checksum differs from the "
-                    f"index; `pixart verify {self.root}` names the sample"
-                )
-            elif self.cache is not None and isinstance(data, bytes):
-                self.cache.put(self._key(place), data)
+            if isinstance(data, bytes):
+                if _is_damaged(data, place):
+                    found[place] = self._damage(data, place)
+                else:
+                    good[self._key(place)] = data
+        if self.cache is not None and good:
+            self.cache.put_many(good)
         return [found[place] for place in places]
 
     def fetch(self, shard: str, offset_bytes: int, size_bytes: int) -> bytes:
@@ -98,8 +99,19 @@ class Ranges:
         if isinstance(data, DataError):
             raise data
         if len(data) != size_bytes:
-            raise DataError(f"{self.root / shard}: ends early; `pixart verify {self.root}` names the samples lost")
+            raise self._too_short(shard)
         return data
+
+    def _damage(self, data: bytes, place: Place) -> DataError:
+        if len(data) < place.size_bytes:
+            return self._too_short(place.shard)
+        return DataError(
+            f"{self.root / place.shard}: damaged at byte {place.offset_bytes:,}: its checksum differs from the "
+            f"index; `pixart verify {self.root}` names the sample"
+        )
+
+    def _too_short(self, shard: str) -> DataError:
+        return DataError(f"{self.root / shard}: ends early; `pixart verify {self.root}` names the samples lost")
 
     def _cached(self, place: Place) -> bytes | None:
         if self.cache is None:
@@ -137,14 +149,20 @@ class Ranges:
         return found
 
     def _again(self, one: _Range) -> bytes | DataError:
-        """Fetch one range with the patience that storage gets everywhere."""
+        """Fetch one range with the patience that storage gets everywhere; one past the end of its shard is empty."""
         path = self.root / one.shard
+        name = self._path(one.shard)
         try:
-            return retrying(
-                lambda: cast(bytes, self._store().cat_file(self._path(one.shard), start=one.start, end=one.end)),
-                path,
-                "read",
-            )
+            try:
+                return retrying(
+                    lambda: cast(bytes, self._store().cat_file(name, start=one.start, end=one.end)), path, "read"
+                )
+            except TransientError:
+                raise
+            except JobError:  # 416 of S3 among others, by different names: the size tells
+                if one.start < retrying(lambda: int(self._store().info(name)["size"]), path, "read"):
+                    raise
+                return b""
         except FileNotFoundError:
             return DataError(f"{path}: missing; `pixart verify {self.root}` names what it held")
 

@@ -1,19 +1,31 @@
 """Feature sets in an object store, read for training through ranges of bytes and a cache on a local disk."""
 
+import contextlib
+import errno
+import fcntl
+import os
 import shutil
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 from pixart_data.caches import Cache
 from pixart_data.commits import file_sha256
 from pixart_data.entries import ENTRIES, map_entries
-from pixart_data.errors import DataError
+from pixart_data.errors import DataError, JobError
 from pixart_data.ranges import Place, Ranges
+from pixart_data.retries import retrying
 from pixart_data.shards import INDEX, BatchBuffer, FeatureSet, MemberPlaces, read_manifest
-from pixart_data.storage import is_remote, local_copy, location, make_dir, replace_file, staging
+from pixart_data.storage import TEMPORARY, discard, is_remote, location, make_dir, replace_file, staging
 
-SETS, MEMBERS = "sets", "members"  # folders of a cache: indexes, which stay; members, which make room for others
+SETS, MEMBERS = "sets", "members"  # folders of a cache: indexes, and members of shards
+MAX_COPIES = 32
+"""Copies of indexes that a cache keeps: those used last. A set has one, and a second where captions are asked for."""
+
+_ABANDONED_S = 86_400  # a copy that nobody has written to for so long is a killed process's
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.EEXIST, errno.EFBIG}
 
 
 def open_set(root: Path, cache_dir: Path, cache_bytes: int) -> FeatureSet:
@@ -44,7 +56,7 @@ class RemoteSet(FeatureSet):
         cache = Cache(cache_dir / MEMBERS, cache_bytes) if cache_bytes else None
         self.ranges = Ranges(root, cache, self.manifest.entries_sha256[:16])
 
-    def __reduce__(self) -> tuple[Callable[[], FeatureSet], tuple[()]]:  # type: ignore[override]
+    def __reduce__(self) -> tuple[Callable[[], FeatureSet], tuple[()]]:
         return partial(_open_again, str(self.root), self._cache_dir, self._cache_bytes), ()
 
     @property
@@ -90,27 +102,90 @@ class RemoteSet(FeatureSet):
         """Do nothing: no file is open."""
 
     def _copy(self, name: str, sha256: str) -> Path:
-        """Return a file of the set in the cache, where it stays; it is checked as it comes.
+        """Return a file of the set in the cache; it is checked as it comes.
 
         Raises:
             DataError: If it is missing, or not the file that the manifest speaks of.
+            JobError: If the store or the cache's disk fails.
         """
-        copy = self._cache_dir / SETS / sha256 / name
-        if copy.is_file():
+        sets = self._cache_dir / SETS
+        copy = sets / sha256 / name
+        if _is_kept(copy):
             return copy
-        make_dir(copy.parent)
         advice = "run `pixart extract` again: it is rewritten from its parts"
-        with staging(copy.parent, name) as staged:
-            try:
-                with local_copy(self.root / name) as fetched:
-                    shutil.copyfile(fetched, staged)
-            except FileNotFoundError:
-                raise DataError(f"{self.root / name}: missing; {advice}") from None
-            if file_sha256(staged) != sha256:
-                raise DataError(f"{self.root / name}: damaged: it is not what the manifest speaks of; {advice}")
-            replace_file(staged, copy)
+        with _caching(self._cache_dir):
+            make_dir(sets)
+            _sweep(sets, MAX_COPIES - 1)
+            make_dir(copy.parent)
+            with staging(copy.parent, name) as staged:
+                try:
+                    self._fetch(name, staged)
+                except FileNotFoundError:
+                    raise DataError(f"{self.root / name}: missing; {advice}") from None
+                if file_sha256(staged) != sha256:
+                    raise DataError(f"{self.root / name}: damaged: it is not what the manifest speaks of; {advice}")
+                replace_file(staged, copy)
         return copy
+
+    def _fetch(self, name: str, staged: Path) -> None:
+        source = cast(Any, self.root / name)
+        retrying(lambda: source.fs.get_file(source.path, str(staged)), source, "read")
 
 
 def _open_again(root: str, cache_dir: Path, cache_bytes: int) -> FeatureSet:
     return RemoteSet(location(root), cache_dir, cache_bytes)
+
+
+# The folder of copies
+
+
+@contextlib.contextmanager
+def _caching(folder: Path) -> Iterator[None]:
+    """Let what goes wrong with the cache's disk name the cache, and what moves it.
+
+    Raises:
+        JobError: If the disk is full, or may not be written to.
+    """
+    try:
+        yield
+    except JobError as error:
+        cause = error.__cause__
+        if not isinstance(cause, OSError) or cause.errno not in _DISK_ERRORS:  # a store's have other numbers, or none
+            raise
+        raise JobError(
+            f"{folder}: expected room for copies from an object store, found: {os.strerror(cause.errno)}; free space "
+            "there, or choose a folder on another local disk: data.cache_dir in a job file of `pixart train`, "
+            "otherwise TMPDIR"
+        ) from cause
+
+
+@contextlib.contextmanager
+def _locked(sets: Path) -> Iterator[None]:
+    """Hold the folder's lock, which a folder that may only be read has, too."""
+    handle = os.open(sets, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _is_kept(copy: Path) -> bool:
+    """Tell whether a copy is there, and note that it is used: in its folder's time, for its own names the plan."""
+    with contextlib.suppress(OSError), _locked(copy.parent.parent):  # making it says what is wrong
+        with contextlib.suppress(OSError):
+            os.utime(copy.parent)
+        return copy.is_file()
+    return False
+
+
+def _sweep(sets: Path, max_copies: int) -> None:
+    """Delete the copies used longest ago, and what killed processes left; one that is mapped stays readable."""
+    with _locked(sets):
+        for path in sets.glob(f"*/{TEMPORARY}*"):
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_mtime < time.time() - _ABANDONED_S:
+                    discard(path)
+        folders = sorted((path.stat().st_mtime_ns, path) for path in sets.iterdir() if path.is_dir())
+        for _, folder in folders[: max(len(folders) - max_copies, 0)]:
+            shutil.rmtree(folder, ignore_errors=True)

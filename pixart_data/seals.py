@@ -233,8 +233,13 @@ def require_distinct(root: Path, hashes: npt.NDArray[np.uint64], tables: Iterato
     found: list[str] = []
     for path in tables:
         keys: list[str] = read_table(path, columns=["key"])["key"].to_pylist()
-        found += (key for key in keys if key_hashes([key])[0] == twice[0])
+        found += (keys[row] for row in np.flatnonzero(key_hashes(keys) == twice[0]))
     others = f" and {len(twice) - 1} others" if len(twice) > 1 else ""
+    if len(set(found)) > 1:
+        raise DataError(
+            f"{root}: the keys {' and '.join(sorted(set(found)))} differ, but have the same 64-bit hash, by which "
+            "training finds them; leave one of these rows out, or rename its key"
+        )
     raise DataError(
         f"{root}: key {' and '.join(sorted(set(found)))}{others} occur more than once; a feature set holds one row for "
         "each image: name sources apart with source.root, or keep one caption for each key"

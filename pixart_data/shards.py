@@ -380,8 +380,8 @@ def read_manifest(root: Path) -> Manifest:
     if kind != (FORMAT, FORMAT_VERSION):
         found = f"{kind[0]} version {kind[1]}"
         raise DataError(
-            f"{path}: expected {FORMAT} version {FORMAT_VERSION}, found {found}; run `pixart extract` again: of a set "
-            "of an older version it redoes the index alone"
+            f"{path}: expected {FORMAT} version {FORMAT_VERSION}, found {found}; run `pixart extract` with its job, "
+            f"{root}/job.toml, and the same sources and models: of a set of an older version it redoes the index alone"
         )
     if fields.pop("digest", None) != digest(fields):
         raise DataError(

@@ -128,8 +128,9 @@ class Keys:
                 source.seek(number * self.dtype.itemsize)
                 rows.append(int(np.frombuffer(source.read(self.dtype.itemsize), self.dtype)["row"][0]))
         return DataError(
-            f"{self.path}: expected each key once, found rows {rows[0]} and {rows[1]} of index.parquet with the same; "
-            "choose sources whose keys differ, and run `pixart extract` again"
+            f"{self.path}: expected each key once, found rows {rows[0]} and {rows[1]} of index.parquet with the same "
+            "64-bit hash; if their keys are the same, name sources apart with source.root, else leave one of the two "
+            "out or rename it; then run `pixart extract` again"
         )
 
     def __enter__(self) -> "Keys":

@@ -122,6 +122,14 @@ def test_every_problem_gets_a_line_that_names_the_file(tmp_path):
     assert f"{path}: output: required, and missing; add it to the job file or pass --set output=..." in lines
 
 
+def test_a_key_with_a_flag_is_asked_for_by_it():
+    with pytest.raises(ConfigError) as caught:
+        load(Bicycle, None, flags={"output": "--out FOLDER", "paint.colour": "--colour NAME"})
+    assert (
+        str(caught.value) == "command line: output: required, and missing; add it to the job file or pass --out FOLDER"
+    )
+
+
 def test_a_typo_in_a_list_of_sections_is_placed_and_mended():
     [line] = complaints(output="o", wheels=[{"nam": "front"}])
     assert line == "command line: wheels.0.nam: unknown key; did you mean 'name'?"

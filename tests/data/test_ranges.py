@@ -1,3 +1,4 @@
+import errno
 import os
 
 import pytest
@@ -108,6 +109,46 @@ def test_a_shard_that_ends_early_is_damage(root):
     (root / "1.00/b.tar").write_bytes(SHARDS["1.00/b.tar"][:202_000])
     [found] = Ranges(root).read(PLACES[:1])
     assert isinstance(found, DataError)
+    assert "b.tar: ends early" in str(found)
+
+
+def test_a_member_past_the_end_of_its_shard_is_lost_alone(root, tmp_path):
+    (root / "1.00/b.tar").write_bytes(SHARDS["1.00/b.tar"][:199_999])  # S3 answers 416: no byte of the range is there
+    found = Ranges(root, Cache(tmp_path, 1 << 20), "d").read(PLACES)
+    assert isinstance(found[0], DataError)
+    assert "b.tar: ends early" in str(found[0])
+    assert found[1:] == wanted(PLACES)[1:]
+    with pytest.raises(DataError, match=r"b.tar: ends early"):
+        Ranges(root).fetch("1.00/b.tar", 200_000, 5_000)
+    neighbours = [place("1.00/b.tar", 199_000, 500), PLACES[0]]  # one request, of which a part is there
+    found = Ranges(root).read(neighbours)
+    assert found[0] == wanted(neighbours)[0]
+    assert isinstance(found[1], DataError)
+
+
+def test_another_refusal_is_not_taken_for_the_end_of_a_shard(root, monkeypatch):
+    reader = Ranges(root)
+
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EINVAL, "refused")  # the number that 416 gets, too
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reader._store(), "cat_file", refuse)
+        patch.setattr(
+            reader._store(), "cat_ranges", lambda paths, *args, **kwargs: [OSError(errno.EINVAL)] * len(paths)
+        )
+        with pytest.raises(JobError, match="cannot read: refused"):
+            reader.read(PLACES[:1])
+
+
+def test_members_of_one_read_are_cached_together(root, tmp_path, monkeypatch):
+    batches = []
+    cache = Cache(tmp_path, 1 << 20)
+    put_many = cache.put_many
+    monkeypatch.setattr(cache, "put_many", lambda files: (batches.append(len(files)), put_many(files)))
+    Ranges(root, cache, "d").read([*PLACES, PLACES[0]])
+    Ranges(root, cache, "d").read(PLACES)
+    assert batches == [len(PLACES)]
 
 
 def test_faults_of_the_store_are_waited_out(root, s3_server, monkeypatch):

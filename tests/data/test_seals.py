@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pixart_data import seals
 from pixart_data.commits import PublishedFile, Record, write_record
 from pixart_data.entries import IMAGE_ENTRY, TEXT_ENTRY, checks, key_hash
 from pixart_data.errors import DataError, JobError
@@ -172,8 +173,9 @@ def test_a_set_of_version_1_is_upgraded_by_sealing_it_again(tmp_path):
         name: value for name, value in asdict(IMAGES).items() if name not in ("codec", "entries_sha256", "records")
     }
     (tmp_path / "manifest.json").write_text(json.dumps({**version_1, "version": 1}))
-    with pytest.raises(DataError, match="found pixart-features version 1; run `pixart extract` again: .* index alone"):
+    with pytest.raises(DataError, match="found pixart-features version 1; run `pixart extract` .* alone") as caught:
         FeatureSet(tmp_path)
+    assert f"with its job, {tmp_path}/job.toml, and the same sources" in str(caught.value)
     seal(tmp_path, [record], IMAGE_INDEX, IMAGES)
     require_expected(tmp_path)
     opened = FeatureSet(tmp_path)
@@ -202,6 +204,21 @@ def test_keys_that_occur_twice_are_named_and_nothing_is_sealed(tmp_path, keys):
         seal(tmp_path, records, TEXT_INDEX, TEXTS)
     assert {path.name for path in tmp_path.iterdir()} == {"index"}
     assert leftovers(tmp_path) == []
+
+
+def test_two_keys_with_one_hash_are_told_from_one_key_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr(seals, "key_hashes", lambda keys: np.array([ord(key[0]) for key in keys], np.uint64))
+    records = [
+        unit_record(tmp_path, f"u{n}", [text_row(key, f"shards/{n}.tar", 64)], TEXT_INDEX, [f"shards/{n}.tar"])
+        for n, key in enumerate(["other", "same/1", "same/2"])
+    ]
+    with pytest.raises(DataError) as caught:
+        seal(tmp_path, records, TEXT_INDEX, TEXTS)
+    assert str(caught.value) == (
+        f"{tmp_path}: the keys same/1 and same/2 differ, but have the same 64-bit hash, by which training finds them; "
+        "leave one of these rows out, or rename its key"
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"index"}
 
 
 def test_nothing_of_the_making_stays_behind(tmp_path):

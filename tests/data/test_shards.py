@@ -270,7 +270,10 @@ def signed(fields):
         ("", "not valid JSON"),
         ('{"format": "pix', "not valid JSON"),
         ('{"format": "other", "version": 2}', "expected pixart-features version 2, found other version 2"),
-        ('{"format": "pixart-features", "version": 1}', "found pixart-features version 1; run `pixart extract` again"),
+        (
+            '{"format": "pixart-features", "version": 1}',
+            "found pixart-features version 1; run `pixart extract` with its",
+        ),
         ("[]", "expected pixart-features version 2, found list"),
         ('{"format": "pixart-features", "version": 2}', "damaged or edited: it does not fit its own digest; run"),
         (signed({"format": "pixart-features", "version": 2}), "not a complete manifest"),

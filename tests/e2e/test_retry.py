@@ -71,7 +71,8 @@ def test_features_of_images_that_came_late_are_appended(miniatures, source, tmp_
         (folder / f"{name}.png").write_bytes(picture("green", (96, 48)))
     retry_all(tmp_path / "out", dry_run=True)
     assert capsys.readouterr().out == f"retry: missing_file 3 -> {root}\n"
-    retry_all(tmp_path / "out", "missing_file")
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    retry_all(tmp_path / "link/256px", "missing_file")  # another name of the same set
     assert "6 in = 5 out + 1 rejected (missing_file 1)" in capsys.readouterr().out
     after = snapshot(root)
     assert all(after[path] == content for path, content in before.items())  # appended, never rewritten
@@ -122,7 +123,7 @@ def test_what_cannot_be_retried_is_said(miniatures, source, tmp_path):
         retry_all(root, "missing_fil")
     job = root / "job.toml"
     job.write_text(job.read_text().replace("# pixart extract", "# pixart stats"))
-    with pytest.raises(ConfigError, match="expected the job of `fetch`, `caption`, `extract`, found 'stats'"):
+    with pytest.raises(ConfigError, match="expected the job of `fetch`, `caption`, `extract`, `import`, found 'stats'"):
         retry_all(root)
     job.write_text(job.read_text().replace("# pixart stats", "# pixart extract"))
     listed = Path(config["paths"][0])

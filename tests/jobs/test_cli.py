@@ -1,9 +1,11 @@
+import re
 import subprocess
 import sys
 
 import pytest
 
 from jobs import cli
+from jobs.arguments import FLAGS, GIVEN
 
 
 def run(capsys, *words):
@@ -153,6 +155,36 @@ def test_a_missing_section_says_how_it_looks(capsys):
     assert "source: required, and missing; add a section [source] to the job file, with paths, layout, root ..." in err
 
 
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        (["compact", "d"], ["output: required, and missing; add it to the job file or pass --out FOLDER"]),
+        (["merge", "d", "e"], ["output: required, and missing; add it to the job file or pass --out FOLDER"]),
+        (["split", "d", "--share", "a=1"], ["output: required, and missing; .* pass --out FOLDER$"]),
+        (
+            ["import", "d", "--out", "x"],
+            ["layout: required, .* pass --from reference, mds or diffusers$"],
+        ),
+        (["export", "d"], ["layout: .* pass --to reference or mds$", "output: .* pass --out FOLDER$"]),
+        (["fetch"], [r"output: required, and missing; add it to the job file or pass --set output=\.\.\.$"]),
+    ],
+)
+def test_what_is_missing_is_asked_for_by_its_flag(capsys, words, advice):
+    code, _, err = run(capsys, *words)
+    assert code == 2
+    for line in advice:
+        assert re.search(line, err, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("command", "key"), [(name, key) for name, keys in FLAGS.items() for key in keys])
+def test_a_flag_that_is_advised_gives_its_key(command, key):
+    flag = FLAGS[command][key].split()[0]
+    words = {"merge": ["a", "b"], "stats": ["a.parquet"]}.get(command, ["a"])
+    _, args = cli.parse([command, *words, flag, "mds"])
+    _, given = GIVEN[command](args)
+    assert given[key] in ("mds", ["mds"])
+
+
 def test_an_empty_list_is_said_in_words(capsys):
     code, _, err = run(capsys, "stats")
     assert code == 2
@@ -184,8 +216,6 @@ def test_version(capsys):
     ],
 )
 def test_a_model_of_another_kind_is_found_before_any_work(capsys, miniatures, pictures, tmp_path, section, name, words):
-    import re
-
     folder = miniatures.get(name, str(pictures))
     words = [f"output={tmp_path}/o", f'source.paths=["{pictures}"]', f"{section}.model={folder}"], words
     code, _, err = run(capsys, "extract", "--dry-run", *(w for o in words[0] for w in ("--set", o)))

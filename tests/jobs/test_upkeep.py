@@ -62,7 +62,21 @@ def test_a_difference_is_exit_code_3_and_said_on_both_streams(here, capsys):
     [
         (["split", "data", "--out", "p"], "expected either --share NAME=SHARE or --where NAME=QUERY, found neither"),
         (["split", "data", "--out", "p", "--share", "a=1", "--where", "b=x"], "NAME=QUERY, found both; give one"),
-        (["split", "data", "--out", "p", "--share", "a"], "share: expected NAME=SHARE, e.g. val=0.01, found a="),
+        (
+            ["split", "data", "--out", "p", "--share", "a"],
+            "--share a: expected NAME=SHARE, found no value; write e.g. --share",
+        ),
+        (["split", "data", "--out", "p", "--share", "=1"], "--share =1: expected NAME=SHARE, found no name"),
+        (["split", "data", "--out", "p", "--share", "a=x"], "share: expected NAME=SHARE, e.g. val=0.01, found a=x"),
+        (["split", "data", "--out", "p", "--where", "a"], "--where a: expected NAME=QUERY, found no value; write e.g."),
+        (
+            ["split", "data", "--out", "p", "--share", "a=0.5", "--share", "b=0.1", "--share", "a=0.1"],
+            "--share a=0.1: expected each name once, found a=0.5 before; rename or omit one",
+        ),
+        (
+            ["split", "data", "--out", "p", "--where", "a=row < 3", "--where", "a=row > 3"],
+            "--where a=row > 3: expected each name once, found a=row < 3 before",
+        ),
         (["split", "data", "--out", "p", "--share", "a=2"], "share: expected shares above 0 and up to 1, found a=2"),
         (
             ["split", "data", "--out", "p", "--share", "a=nan"],

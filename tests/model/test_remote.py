@@ -1,13 +1,18 @@
 """Training from an object store gives what training from a disk gives, whatever the store does meanwhile."""
 
+import contextlib
 import itertools
+import os
 import pickle
+import shutil
+from pathlib import Path
 
 import pytest
 import s3fs
 import torch
 
-from pixart_data.errors import DataError
+from pixart_data import remotes
+from pixart_data.errors import DataError, JobError
 from pixart_data.storage import location
 from pixart_model import train
 from pixart_model.config import Data
@@ -72,7 +77,9 @@ def test_a_cache_keeps_its_bound(store, features, tmp_path):
     bound = 9_000
     dataset = open_dataset(data(store, tmp_path, cache_bytes=bound))
     assert_same(batches(dataset), batches(open_dataset(data(features, tmp_path))))
-    held = sum(path.stat().st_size for path in (tmp_path / "members").rglob("*/*") if path.is_file())
+    held = sum(
+        path.stat().st_size for path in (tmp_path / "members").rglob("*") if path.is_file() and path.name != "account"
+    )
     assert 0 < held <= bound
 
 
@@ -102,6 +109,80 @@ def test_damage_in_a_store_is_never_read_in_silence(store, features, tmp_path, d
         assert lost not in keys
         for i, key in enumerate(keys):
             assert torch.equal(tensors[0][i], wanted[key])
+
+
+def test_samples_past_the_end_of_a_shard_that_was_cut_are_skipped(store, features, tmp_path):
+    dataset = open_dataset(data(features, tmp_path))
+    entries = [entry for entry in dataset.images.entries if entry["shard"] == 0]
+    last = max(entries, key=lambda entry: entry["offset"])
+    [lost] = dataset.images.keys([int(last["row"])])
+    path = location(store) / "256px" / dataset.images.shards[0]
+    path.write_bytes(path.read_bytes()[: int(last["offset"])])  # not a byte of it is there: S3 answers 416
+    found = [keys for keys, _ in batches(open_dataset(data(store, tmp_path, damaged="skip")))]
+    assert {lost} == {key for keys, _ in batches(dataset) for key in keys} - {key for keys in found for key in keys}
+    with pytest.raises(DataError, match="ends early.*pixart verify"):
+        list(batches(open_dataset(data(store, tmp_path))))
+
+
+def test_of_copies_of_indexes_those_used_last_stay(store, features, tmp_path, monkeypatch):
+    monkeypatch.setattr(remotes, "MAX_COPIES", 3)
+    sets = tmp_path / "sets"
+    for number in range(3):
+        old = sets / f"{number}"
+        old.mkdir(parents=True)
+        (old / "entries.bin").write_bytes(b"of another set")
+        os.utime(old, (number, number))
+    os.utime(sets / "0")
+    (sets / "2" / ".tmp-of-a-killed-process").write_bytes(b"x")
+    os.utime(sets / "2" / ".tmp-of-a-killed-process", (1, 1))
+    first = remotes.open_set(location(store) / "256px", tmp_path, 0)
+    assert {path.name for path in sets.iterdir()} == {"0", "2", first.manifest.entries_sha256}
+    assert [path.name for path in (sets / "2").iterdir()] == ["entries.bin"]
+    for path in sets.iterdir():
+        os.utime(path, (9, 9) if path.name == first.manifest.entries_sha256 else None)
+    taken_ns = first.entries_path.stat().st_mtime_ns
+    again = remotes.open_set(location(store) / "256px", tmp_path, 0)  # used again: now another is the oldest
+    assert again.entries_path.stat().st_mtime_ns == taken_ns  # which names the plans that were made of it
+    assert first.index_path.is_file()
+    assert again.entries_path.is_file()
+    monkeypatch.setattr(remotes, "MAX_COPIES", 1)
+    shutil.rmtree(first.index_path.parent)
+    assert first.index_path.is_file()
+    assert not first.entries_path.exists()
+    assert len(first.entries) == len(again.entries)  # mapped: still readable
+    assert_same(
+        batches(open_dataset(data(store, tmp_path))), batches(open_dataset(data(features, tmp_path / "elsewhere")))
+    )
+
+
+@pytest.fixture
+def small_disk(monkeypatch):
+    """Copies are made on a device that is full."""
+
+    @contextlib.contextmanager
+    def staging(directory, name):
+        yield Path("/dev/full")
+
+    monkeypatch.setattr(remotes, "staging", staging)
+
+
+def test_a_full_cache_disk_is_told_with_what_moves_the_cache(store, tmp_path, small_disk):
+    with pytest.raises(JobError, match=r"cache: expected room .* No space left .* data.cache_dir in a job file"):
+        open_dataset(data(store, tmp_path / "cache"))
+
+
+def test_a_cache_folder_that_cannot_be_made_is_told_with_what_moves_it(store, tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(JobError, match=r"cache: expected room .* data.cache_dir in a job file"):
+        remotes.open_set(location(store) / "256px", tmp_path / "cache", 0)
+
+
+def test_a_copy_is_not_made_twice_on_the_scratch_disk(store, tmp_path, monkeypatch):
+    def scratch_file(name):
+        raise AssertionError(f"{name}: a copy on the scratch disk")
+
+    monkeypatch.setattr("pixart_data.storage.scratch_file", scratch_file)
+    assert len(remotes.open_set(location(store) / "256px", tmp_path, 0))
 
 
 def test_an_index_that_was_replaced_is_refused(store, tmp_path):

@@ -1,5 +1,6 @@
 import hashlib
 import tarfile
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -18,10 +19,12 @@ from pixart_data import canvases
 from pixart_data.canvases import preparation
 from pixart_data.codecs import from_manifest
 from pixart_data.encoders import TextEncoder
+from pixart_data.entries import IMAGE_ENTRY, TEXT_ENTRY, checks
 from pixart_data.errors import DataError, JobError
 from pixart_data.sections import ImageFeatures, Source, TextFeatures
 from pixart_data.shards import DTYPES, FeatureSet, tensor_shape
 from pixart_data.sources import find_units
+from pixart_data.storage import location
 
 
 @pytest.fixture
@@ -293,3 +296,53 @@ def test_captions_that_t5_cannot_encode_are_rows_with_a_reason_whatever_the_code
     for codec, message in (("bf16", "the empty caption: T5 gave infinite"), ("int8", "for all of the first")):
         with pytest.raises(DataError, match=message):
             extract_texts(captioned, tmp_path / f"nan {codec}", miniatures["t5"], codec)
+
+
+def write_keys(path, dtype, keys):
+    records = np.zeros(len(keys), dtype)
+    records["key"] = keys
+    records["check"] = checks(records)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(records.tobytes())
+
+
+@pytest.mark.parametrize("remote", [False, True])
+@pytest.mark.parametrize(("num_images", "num_texts"), [(5, 7), (7, 5), (0, 3), (3, 0)])
+def test_the_samples_that_two_sets_share_are_counted_from_their_entries(
+    tmp_path, monkeypatch, remote, num_images, num_texts
+):
+    monkeypatch.setattr(extract, "_KEYS_AT_ONCE", 2)
+    root = location(f"memory://{tmp_path.name}") if remote else tmp_path
+    keys = np.random.default_rng(0).integers(0, 1 << 64, 12, dtype=np.uint64)
+    images, texts = keys[:num_images], np.concatenate([keys[2:4], keys[-5:]])[:num_texts]
+    both = len(set(images.tolist()) & set(texts.tolist()))
+    write_keys(root / "256px/entries.bin", IMAGE_ENTRY, images)
+    write_keys(root / "text/entries.bin", TEXT_ENTRY, texts)
+    assert extract.match_line(root, "256px", "text") == (
+        f"{both} samples to train on: {num_images - both} images have no text, {num_texts - both} texts no image"
+    )
+    assert both == (2 if num_images > 3 else 0 if not num_images or not num_texts else 1)
+
+
+def test_counting_shared_samples_takes_little_memory(tmp_path):
+    num_rows = 400_000
+    keys = np.random.default_rng(0).integers(0, 1 << 64, num_rows + 1, dtype=np.uint64)
+    write_keys(tmp_path / "256px/entries.bin", IMAGE_ENTRY, keys[1:])
+    write_keys(tmp_path / "text/entries.bin", TEXT_ENTRY, keys[:-1])
+    tracemalloc.start()
+    try:
+        line = extract.match_line(tmp_path, "256px", "text")
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert line == "399,999 samples to train on: 1 images have no text, 1 texts no image"
+    assert peak_bytes < 2 * 8 * num_rows + (12 << 20)
+
+
+def test_a_damaged_index_is_not_counted(tmp_path):
+    write_keys(tmp_path / "256px/entries.bin", IMAGE_ENTRY, np.arange(5))
+    write_keys(tmp_path / "text/entries.bin", TEXT_ENTRY, np.arange(5))
+    path = tmp_path / "text/entries.bin"
+    path.write_bytes(b"\1" + path.read_bytes()[1:])
+    with pytest.raises(DataError, match="text/entries.bin: damaged: a record does not fit its check"):
+        extract.match_line(tmp_path, "256px", "text")
