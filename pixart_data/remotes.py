@@ -24,6 +24,7 @@ SETS, MEMBERS = "sets", "members"  # folders of a cache: indexes, and members of
 MAX_COPIES = 32
 """Copies of indexes that a cache keeps: those used last. A set has one, and a second where captions are asked for."""
 
+_IN_USE_S = 3_600  # since it was opened a copy stays, however many there are: a dataset may be made of many sets
 _ABANDONED_S = 86_400  # a copy that nobody has written to for so long is a killed process's
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.EEXIST, errno.EFBIG}
 
@@ -182,10 +183,14 @@ def _is_kept(copy: Path) -> bool:
 def _sweep(sets: Path, max_copies: int) -> None:
     """Delete the copies used longest ago, and what killed processes left; one that is mapped stays readable."""
     with _locked(sets):
+        now_s = time.time()
+        folders = sorted((path.stat().st_mtime, path) for path in sets.iterdir() if path.is_dir())
+        for used_s, folder in folders[: max(len(folders) - max_copies, 0)]:
+            if used_s < now_s - _IN_USE_S:
+                shutil.rmtree(folder, ignore_errors=True)
         for path in sets.glob(f"*/{TEMPORARY}*"):
             with contextlib.suppress(FileNotFoundError):
-                if path.stat().st_mtime < time.time() - _ABANDONED_S:
+                if path.stat().st_mtime < now_s - _ABANDONED_S:
+                    used_s = path.parent.stat().st_mtime
                     discard(path)
-        folders = sorted((path.stat().st_mtime_ns, path) for path in sets.iterdir() if path.is_dir())
-        for _, folder in folders[: max(len(folders) - max_copies, 0)]:
-            shutil.rmtree(folder, ignore_errors=True)
+                    os.utime(path.parent, (used_s, used_s))  # to be swept is no use

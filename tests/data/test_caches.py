@@ -1,3 +1,4 @@
+import errno
 import fcntl
 import multiprocessing
 import os
@@ -126,14 +127,14 @@ def test_a_disk_that_cannot_be_written_does_no_harm(tmp_path):
 
 def test_a_disk_that_is_full_takes_what_fits_and_the_account_knows(tmp_path, monkeypatch):
     cache = Cache(tmp_path, 1000)
-    write = caches._write
+    rename = os.rename
 
-    def full(path, data):
-        if data == b"y" * 100:
-            os.write(os.open("/dev/full", os.O_WRONLY), data)
-        write(path, data)
+    def full(staged, path):
+        if path == cache._place("b")[1]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        rename(staged, path)
 
-    monkeypatch.setattr(caches, "_write", full)
+    monkeypatch.setattr(os, "rename", full)
     cache.put_many({"a": b"x" * 100, "b": b"y" * 100, "c": b"z" * 100})
     assert cache.get("a") == b"x" * 100
     assert cache.get("b") is cache.get("c") is None
