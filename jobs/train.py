@@ -14,11 +14,12 @@ def train(job: Train, dry_run: bool) -> None:
     if dry_run:
         with contextlib.closing(open_dataset(job.data, job.run.seed)) as dataset:
             dataset.require(job.model)
+            dataset.null_caption()
             last = latest(Path(job.run.output))
             print(f"train: {'from ' + str(last) if last else 'from the beginning'}")
             epochs = " + ".join(f"{count:.1f}" for count in dataset.epochs(job.run.num_steps))
             print(
-                f"train: {len(dataset):,} samples in {dataset.num_batches():,} batches an epoch, "
+                f"train: {len(dataset):,} samples in {len(dataset) / job.data.batch_size:,.1f} batches an epoch, "
                 f"{job.run.num_steps:,} steps ({epochs} epochs) -> {job.run.output}"
             )
             for quality in dataset.quality():

@@ -254,7 +254,7 @@ class ImportedTexts(Section):
     """Numbers for each token; unset: as the first features have it. Required where MDS holds bare bytes."""
     null_caption: LocalPath | None = None
     """A .npz with the features of the empty caption, in the reference's form; unset: `null_caption.npz` in `path`, if
-    it is there. Without, training cannot drop captions."""
+    it is there. A set without cannot be trained on."""
 
 
 class Import(Section):

@@ -272,6 +272,8 @@ def _open_portion(root: Path, data: Data, seed: int) -> Portion:
 
 def _open(root: Path, kind: str, dtype: str, data: Data) -> FeatureSet:
     if not retrying(root.is_dir, root, "read"):
+        if not retrying(root.parent.is_dir, root, "read"):
+            raise ConfigError(f"data.features: {root.parent}: no such folder; check the path")
         there = ", ".join(feature_sets(root.parent)) or "none"
         raise ConfigError(f"data.{kind}_set: no feature set {root.name} in {root.parent}; sets there: {there}")
     manifest = read_manifest(root)

@@ -119,8 +119,8 @@ class Meter:
         """Say what the whole run, the parts before a restart included, had to do without."""
         if self._skipped_before:
             _log.warning(
-                "%s: %d samples were damaged, and others of their batches took their places; `skipped` in %s says in "
-                "which steps, `pixart verify` on the features names them",
+                "%s: damaged samples came up %d times, and others of their batches took their places; `skipped` in %s "
+                "says in which steps, `pixart verify` on the features names them",
                 self.run_dir, self._skipped_before, METRICS,
             )  # fmt: skip
 

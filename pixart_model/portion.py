@@ -313,7 +313,10 @@ class Portion:
         if self.damaged == "fail":
             raise DataError(f"sample {name}: {error}, or set data.damaged = 'skip'") from error
         if not others:
-            raise DataError(f"sample {name}: {error}; so is every other sample of the batch") from error
+            raise DataError(
+                f"sample {name}: {error}; so is every other sample of the batch: none can take its place; copy the "
+                "shard again, or make it again and start a new run.output"
+            ) from error
         token = object()
         if self._told.setdefault(name, token) is token:
             _log.warning("skipped: sample %s: %s", name, error)

@@ -154,7 +154,7 @@ def test_keys_are_looked_up_only_when_asked_for(opened, copy):
     (copy / "256px/index.parquet").unlink()
     [batch] = first(dataset, 1)
     assert batch.moments.isfinite().all()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(DataError, match=r"index\.parquet: missing; run `pixart verify"):
         _ = batch.keys
 
 

@@ -30,7 +30,8 @@ def test_an_example_runs(code, features, tmp_path, monkeypatch):
 
 def test_the_job_files_shown_are_read():
     jobs = re.findall(r"```toml\n(.*?)```", TEXT, re.DOTALL)
-    [subset, mixture] = (Data.model_validate(tomllib.loads(job)["data"]) for job in jobs)
+    [subset, mixture, store] = (Data.model_validate(tomllib.loads(job)["data"]) for job in jobs)
     assert subset.where.endswith("aesthetic > 5.5")
     assert [one.weight for one in mixture.mix] == [1.0]
+    assert store.features.startswith("s3://")
     assert parse(subset.where).columns == {"original_height_px", "original_width_px", "bucket", "aesthetic"}

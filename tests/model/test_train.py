@@ -14,7 +14,7 @@ from pixart_data.config import resolved_toml
 from pixart_data.errors import ConfigError, DataError, JobError
 from pixart_model import checkpoint, train
 from pixart_model.config import Optim
-from tests.model.conftest import damage, write_image_set, write_text_set
+from tests.model.conftest import change_manifest, damage, write_image_set, write_text_set
 
 
 def same(a, b):
@@ -84,7 +84,7 @@ def test_mirrored_and_skipped_samples_are_the_same_after_a_restart_and_are_accou
     dataset.close()
     assert skipped == {"whole": expected, "cut": expected}
     assert expected >= 2
-    assert f"{expected} samples were damaged, and others of their batches took their places" in caplog.text
+    assert f"damaged samples came up {expected} times, and others of their batches took their places" in caplog.text
     with pytest.raises(DataError, match="sample source/004: .* or set data.damaged = 'skip'"):
         train.run(make_job(data={**data, "damaged": "fail"}, run={"output": str(tmp_path / "fail"), "num_steps": 16}))
 
@@ -241,12 +241,12 @@ def test_a_dry_run_counts_the_work_and_says_how_well_it_is_shuffled(make_job, fe
     command(make_job(run={"num_steps": 23}), dry_run=True)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "train: from the beginning"
-    assert lines[1] == f"train: 23 samples in 5 batches an epoch, 23 steps (4.0 epochs) -> {tmp_path / 'run'}"
+    assert lines[1] == f"train: 23 samples in 5.8 batches an epoch, 23 steps (4.0 epochs) -> {tmp_path / 'run'}"
     assert lines[2].startswith("train: shuffle: a batch of 4 draws from 4.0 runs (4.0), ")
     assert not (tmp_path / "run").exists()
     command(make_job(data={"mix": [{"features": str(features), "weight": 3}]}, run={"num_steps": 92}), dry_run=True)
     lines = capsys.readouterr().out.splitlines()
-    assert "46 samples in 10 batches an epoch, 92 steps (4.0 + 12.0 epochs)" in lines[1]
+    assert "46 samples in 11.5 batches an epoch, 92 steps (4.0 + 12.0 epochs)" in lines[1]
     assert len(lines) == 4
 
 
@@ -329,3 +329,14 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(make_job, tmp_path):
     a, b = checkpoint.load(again), checkpoint.load(straight)
     assert same([a.model, a.ema, a.training], [b.model, b.ema, b.training])
     assert not list(out.glob(".tmp-*"))
+
+
+def test_a_dry_run_finds_that_the_empty_caption_is_missing(make_job, copy):
+    change_manifest(copy / "text", lambda fields: fields["model"].pop("null"))
+    with pytest.raises(DataError, match="no features of the empty caption"):
+        command(make_job(data={"features": str(copy)}), dry_run=True)
+
+
+def test_a_dataset_that_is_not_there_is_a_wrong_path(make_job, tmp_path):
+    with pytest.raises(ConfigError, match=r"data\.features: .*nowhere: no such folder; check the path"):
+        command(make_job(data={"features": str(tmp_path / "nowhere")}), dry_run=True)
