@@ -1,12 +1,16 @@
 """What each command takes on its command line besides the options that all have, and what that says of its job."""
 
 import argparse
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 from pixart_data.errors import ConfigError
 
 Given = tuple[Path | None, dict[str, Any]]
+
+_NO_NAME = re.compile(r"[\s<>!()'\"]")  # what stands before the first = of a query, and in no name of a part
 
 
 def job_arguments(sub: argparse.ArgumentParser) -> None:
@@ -124,6 +128,9 @@ def _named(flag: str, value: str, texts: list[str]) -> dict[str, str]:
     named: dict[str, str] = {}
     for text in texts:
         name, _, what = text.partition("=")
+        if value == "QUERY" and (_NO_NAME.search(name) or what.startswith("=")):
+            advice = f"write e.g. {flag} {shlex.quote(f'part={text}')}"
+            raise ConfigError(f"{flag} {text}: expected NAME=QUERY, found a query without the name of a part; {advice}")
         if not name or not what:
             example = "val=0.01" if value == "SHARE" else "'large=original_width_px >= 1024'"
             found = "no value" if name else "no name"

@@ -5,6 +5,7 @@ a mistyped job file answer at once.
 """
 
 import argparse
+import difflib
 import importlib
 import logging
 import os
@@ -157,10 +158,19 @@ def parse(words: Sequence[str]) -> tuple[argparse.Namespace | None, argparse.Nam
     outer, rest = None, list(words)
     if rest[:1] == ["submit"] and rest[1:2] not in ([], ["-h"], ["--help"]):
         outer, rest = submit_parser().parse_known_args(rest[1:])
+    _suggest(rest)
     args, unknown = (watch_parser() if outer and rest[:1] and rest[0] in WATCHED else parser()).parse_known_args(rest)
     if unknown:
         args.usage.error(f"unrecognized: {' '.join(unknown)}; keys of the job file are set with --set KEY=VALUE")
     return outer, args
+
+
+def _suggest(words: Sequence[str]) -> None:
+    """Leave with the command that was probably meant, where the first word is nearly one; argparse only lists them."""
+    known = [*COMMANDS, "submit", *WATCHED]
+    close = difflib.get_close_matches(words[0], known, n=1) if words and words[0] not in known else []
+    if close:
+        parser().error(f"no command {words[0]}; did you mean {close[0]}?")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -2,12 +2,18 @@
 
 from pipelines import compact as compact_pipeline
 from pipelines.config import Compact
+from pixart_data.editions import require_finished
 from pixart_data.shards import Manifest, feature_sets, read_manifest
 from pixart_data.storage import location
 
 
 def compact(job: Compact, dry_run: bool) -> None:
-    """Compact a dataset, or print what that would do."""
+    """Compact a dataset, or print what that would do.
+
+    Raises:
+        DataError: If a set of it was begun and not finished.
+    """
+    require_finished(location(job.path))
     if dry_run:
         for run, plan in compact_pipeline.plan(job):
             print(plan.line(run))

@@ -36,7 +36,7 @@ class Verify(Section):
     """`pixart verify`: re-read a dataset or a table of captions, and name what is damaged."""
 
     path: LocalPath
-    """A dataset, a feature set, or the output directory of a stage."""
+    """A dataset, a feature set, the output directory of a stage, or a folder with several of them."""
     fast: bool = False
     """Read the sizes of files, manifests and indexes only."""
     recompute: int = Field(default=0, ge=0)

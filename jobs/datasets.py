@@ -15,7 +15,8 @@ from pixart_data.overviews import Overview, overview_page
 from pixart_data.remotes import open_set
 from pixart_data.shards import INDEX, FeatureSet, Manifest, tensor_shape
 from pixart_data.storage import location, write_atomic
-from pixart_data.surveys import Match, Survey, match, parquet, space, survey
+from pixart_data.surveys import Match, Survey, match, space, survey
+from pixart_data.tables import parquet
 
 if TYPE_CHECKING:
     from pixart_data.thumbnails import Decoder, Thumbnail
@@ -77,7 +78,7 @@ def _set(features: FeatureSet, found: Survey, num_samples: int) -> Iterator[str]
     yield from _rejected(found, num_samples)
     model = manifest.model
     revision = f" @ {model['revision']}" if model.get("revision") else ""
-    yield f"  model    {model['id']}{revision}, computed in {model.get('dtype', 'unknown precision')}"
+    yield f"  model    {model.get('id', 'unknown')}{revision}, computed in {model.get('dtype', 'unknown precision')}"
     yield f"  policy   {', '.join(f'{key}: {value}' for key, value in manifest.policy.items())}"
     yield from _storage(found)
     if manifest.kind == "image":
@@ -129,7 +130,7 @@ def _buckets(found: Survey) -> Iterator[str]:
     manifest = found.manifest
     held = [bucket for bucket in manifest.buckets if bucket["rows"]]
     most = max((bucket["rows"] for bucket in held), default=1)
-    yield f"  scaling  {manifest.model['scaling_factor']}, not applied to what is stored"
+    yield f"  scaling  {manifest.model.get('scaling_factor', 'unknown')}, not applied to what is stored"
     if found.totals.num_flipped:
         yield f"  mirrored {found.totals.num_flipped:,} images are stored mirrored, too"
     yield f"  {'bucket':8} {'height x width':>15} {'samples':>11} {'shards':>7}   {manifest.tensor} {manifest.dtype}"
@@ -266,4 +267,6 @@ def _pictures(sets: Sequence[FeatureSet], job: Inspect) -> "tuple[dict[str, list
 def _decoder(model: dict[str, Any], job: Inspect) -> "Decoder":
     from pixart_data.thumbnails import Decoder
 
+    if not job.vae and "id" not in model:
+        raise ConfigError("vae: expected the manifest to name the model that made the latents, found none")
     return Decoder(model, job.vae, job.vae_subfolder, job.device)

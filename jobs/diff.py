@@ -2,6 +2,7 @@
 
 from jobs.config import Diff
 from pixart_data.differences import compare
+from pixart_data.editions import unfinished_sets
 from pixart_data.errors import DataError
 from pixart_data.shards import feature_sets, read_manifest
 from pixart_data.storage import location
@@ -18,6 +19,8 @@ def diff(job: Diff, dry_run: bool) -> None:
         for root in (left, right):
             for name, path in feature_sets(root).items():
                 print(f"diff: would read {name} with {read_manifest(path).counts['rows_out']:,} samples in {root}")
+            for path in unfinished_sets(root):
+                print(f"diff: {path} is not finished")
         return
     num_sets = num_same = 0
     lines = []

@@ -18,8 +18,9 @@ from pixart_data.archives import read_seal
 from pixart_data.captions import caption_files
 from pixart_data.commits import COMMITS, MANIFEST, read_records, read_table
 from pixart_data.errors import ConfigError, DataError
+from pixart_data.pages import DOCTYPE, printable
 from pixart_data.shards import MEMBER, feature_sets
-from pixart_data.storage import local_copy, location, read_bytes
+from pixart_data.storage import exists, local_copy, location, matching, read_bytes
 
 _META = "meta.json"
 _TEXT_WIDTH = 100
@@ -31,7 +32,8 @@ def inspect(job: Inspect, dry_run: bool) -> None:
     """Print what a path holds; `dry_run` says only which kind of thing it is.
 
     Raises:
-        ConfigError: If there is nothing at the path, or a page is asked for of what is no dataset.
+        ConfigError: If there is nothing at the path, a page is asked for of what is no dataset, or would take the place
+            of something else.
         DataError: If it is nothing that the toolkit writes, or damaged.
     """
     path = location(job.path)
@@ -39,21 +41,37 @@ def inspect(job: Inspect, dry_run: bool) -> None:
     kind, lines = _look_at_sets(path, sets, job) if sets else _look(path, job.num_samples)
     if job.html is not None and not sets:
         raise ConfigError(f"html: expected a dataset to make a page of, found {kind} at {path}; leave --html out")
+    if job.html is not None:
+        _require_free(location(job.html), path)
     print(f"{path}: {kind}")
     if not dry_run:
         for line in lines:
-            print(line)
+            print("\n".join(map(printable, line.split("\n"))))  # captions, keys and the like are other people's words
+
+
+def _require_free(page: Path, dataset: Path) -> None:
+    """Refuse to write a page over anything but a page, or into the dataset.
+
+    Raises:
+        ConfigError: If it would be.
+    """
+    if f"{page.resolve()}/".startswith(f"{dataset.resolve()}/"):
+        raise ConfigError(f"html: expected a file outside the dataset {dataset}, found {page}; choose another")
+    if page.is_dir():
+        raise ConfigError(f"html: expected a file, found the folder {page}; add a name, such as {page / 'page.html'}")
+    if exists(page) and not read_bytes(page).startswith(DOCTYPE.encode()):
+        raise ConfigError(
+            f"html: expected a new file or a page to replace, found {page}, which is neither; choose another"
+        )
 
 
 def _look_at_sets(path: Path, sets: dict[str, Path], job: Inspect) -> tuple[str, Iterator[str]]:
-    unfinished = [p.parent for p in sorted(path.glob(f"*/{COMMITS}")) if p.parent not in sets.values()]
+    unfinished = [p.parent for p in matching(path, f"*/{COMMITS}") if p.parent not in sets.values()]
     return f"{len(sets)} feature set(s)", describe(path, sets, unfinished, job)
 
 
 def _look(path: Path, num_samples: int) -> tuple[str, Iterator[str]]:
     """Return the kind of thing at a path and, lazily, its description."""
-    if not path.exists():
-        raise ConfigError(f"{path}: no such file or folder; check the path")
     if path.is_file():
         return _look_at_file(path, num_samples)
     if (path / _META).is_file() or any(path.glob(f"step_*/{_META}")):
@@ -167,7 +185,7 @@ def _checkpoint(path: Path) -> Iterator[str]:
     yield f"  model      {', '.join(f'{key} {value}' for key, value in meta.model.items())}"
     for kind in ("image", "text"):
         model = meta.features[kind]["model"]
-        yield f"  {kind:10} features of {model['id']}"
+        yield f"  {kind:10} features of {model.get('id', 'unknown')}"
     yield f"  trained on {', '.join(f'{key} {value}' for key, value in meta.features['counts'].items())}"
     yield f"  versions   {', '.join(f'{key} {value}' for key, value in meta.versions.items())}"
 

@@ -62,7 +62,7 @@ def export_features(job: Export, dry_run: bool) -> None:
     try:
         if dry_run:
             require_own(out)
-            print(f"export: {len(pairs):,} samples, as {job.layout} -> {out}")
+            print(f"export: would write {len(pairs):,} samples, as {job.layout} -> {out}")
             return
         require_own(out)
         with output_lock(out) as lease:

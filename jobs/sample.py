@@ -12,7 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 from pixart_data.config import resolved_toml
 from pixart_data.encoders import ImageEncoder, TextEncoder
 from pixart_data.errors import ConfigError
-from pixart_data.models import placement
+from pixart_data.models import placement, quiet_loading
 from pixart_data.retries import storage
 from pixart_data.sections import ImageFeatures, TextFeatures
 from pixart_data.storage import make_dir, write_atomic
@@ -37,7 +37,7 @@ def sample(job: Sample, dry_run: bool) -> None:
     if dry_run:
         print(f"sample: {len(prompts)} prompts, {size}, {job.num_steps} steps, from {path} -> {job.output}")
         return
-    _be_quiet()
+    quiet_loading()
     place = placement(job.device, job.dtype)
     captions = _encode(job, meta.features["text"], prompts)
     log.info("sample: %d prompts encoded; drawing %s with %s", len(prompts), size, path)
@@ -130,12 +130,3 @@ def _make_room(output: Path) -> None:
             (output / name).unlink(missing_ok=True)
     if lines:
         log.info("sample: %s held %d pictures of an earlier run; they are replaced", output, len(lines))
-
-
-def _be_quiet() -> None:
-    """Keep the libraries' loading bars off the terminal."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    diffusers_logging.disable_progress_bar()

@@ -10,6 +10,7 @@ from jobs.config import Verify
 from pipelines.config import Compact, Extract
 from pixart_data.config import load
 from pixart_data.errors import ConfigError, DataError
+from pixart_data.models import quiet_loading
 from pixart_data.recomputation import (
     Chosen,
     Comparison,
@@ -20,8 +21,8 @@ from pixart_data.recomputation import (
     recompute_texts,
 )
 from pixart_data.shards import FeatureSet, feature_sets
-from pixart_data.storage import exists, local_copy, location, size_bytes
-from pixart_data.verification import Finding
+from pixart_data.storage import exists, local_copy, location
+from pixart_data.verification import Finding, planned
 from pixart_data.verification import verify as verify_files
 
 log = logging.getLogger(__name__)
@@ -38,9 +39,11 @@ def verify(job: Verify, dry_run: bool) -> None:
     """
     root = location(job.path)
     if dry_run:
-        sizes = [size_bytes(path) for path in root.rglob("*") if path.is_file()]
+        sizes = [size_bytes for _, size_bytes in planned(root)]
         how = "would look at the sizes of" if job.fast else "would read"
-        print(f"verify: {how} at most {len(sizes)} files, {sum(sizes):,} bytes, under {root}")
+        print(f"verify: {how} {len(sizes)} files, {sum(sizes):,} bytes, under {root}")
+        if job.recompute:
+            print(f"verify: would compute {job.recompute} samples of each set again: {', '.join(_sets(root))}")
         return
     num_files, num_bytes = _require_whole(verify_files(root, job.fast))
     if job.fast:
@@ -78,9 +81,8 @@ def _line(finding: Finding) -> str:
 def _recompute(root: Path, job: Verify) -> None:
     """Compute samples of every feature set again."""
     findings: list[Finding] = []
-    sets = feature_sets(root)
-    if not sets:
-        raise ConfigError(f"{root}: expected a dataset or a feature set to compute again, found none; leave it out")
+    sets = _sets(root)
+    quiet_loading()
     made_by = {path: _made_by(path, path.name) for path in sets.values()}  # a mistake is found before hours of work
     for name, path in sets.items():
         features = FeatureSet(path)
@@ -99,6 +101,15 @@ def _recompute(root: Path, job: Verify) -> None:
         )
     if findings:
         raise DataError(f"{_line(findings[0])}; {len(findings)} sample(s) in all are not what they were made from")
+
+
+def _sets(root: Path) -> dict[str, Path]:
+    """Return the feature sets to compute samples of."""
+    sets = feature_sets(root)
+    if not sets:
+        what = "expected a dataset or a feature set to compute again, found none"
+        raise ConfigError(f"{root}: {what}; name one, or leave --recompute out")
+    return sets
 
 
 def _made_by(root: Path, name: str) -> tuple[Extract, Path]:

@@ -25,6 +25,7 @@ from pixart_data.config import digest
 from pixart_data.editions import Excerpt, Original, copy_calibration, find, identity, manifest_sha256, write_edition
 from pixart_data.errors import ConfigError, DataError, JobError, PixArtError
 from pixart_data.leases import output_lock
+from pixart_data.owners import MADE_BY, place, require_run
 from pixart_data.packs import (
     TEXT_FOLDER,
     Generation,
@@ -125,8 +126,9 @@ def _prepare_set(
     job: Compact, name: str, original: Original, followed: Original | None, write: bool
 ) -> tuple[Run, Finish]:
     root = location(job.output) / name
-    if str(root) == str(original.root):
+    if place(root) == place(original.root):
         raise ConfigError(f"output: expected another folder than the dataset's own, found {job.output}; choose another")
+    require_run(root, STAGE)  # before a plan is written there
     if write:
         with output_lock(root):
             layout = _plan(root, original, followed, job.shard_bytes, write)
@@ -200,7 +202,7 @@ def _finish(root: Path, layout: _Layout, records: Sequence[Record]) -> Account:
         shards=[asdict(file) for file in shards],
         model={**original.manifest.model, **{k: v for record in records for k, v in record.facts.items()}},
         records={record.unit: digest(asdict(record)) for record in records},
-        provenance={**original.manifest.provenance, "compacted_from": manifest_sha256(original)},
+        provenance={**original.manifest.provenance, "compacted_from": manifest_sha256(original), MADE_BY: STAGE},
     )
     copy_calibration(original, root)
     write_edition(root, manifest, [excerpt])

@@ -22,6 +22,7 @@ from pixart_data.commits import MANIFEST, Record, read_records, sweep, write_rec
 from pixart_data.config import Section, digest, resolved_toml
 from pixart_data.errors import ConfigError, DataError, JobError
 from pixart_data.leases import Lease, output_lock
+from pixart_data.owners import require_run
 from pixart_data.records import Reason
 from pixart_data.storage import delete, write_atomic
 
@@ -135,7 +136,12 @@ class Account:
 
 
 def make_plan(run: Run) -> Plan:
-    """Compare the units with the records under the run's root."""
+    """Compare the units with the records under the run's root.
+
+    Raises:
+        ConfigError: If what is there is not this command's: it would be swept away.
+    """
+    require_run(run.root, run.stage.split()[0])
     records = read_records(run.root)
     plan = Plan(records=records, others=len(records.keys() - {unit.id for unit in run.units}))
     for unit in run.units:
@@ -166,7 +172,7 @@ def execute(
         reasons: Do nothing but the rows again that were rejected for these, of a run that is done.
 
     Raises:
-        ConfigError: If a reason is unknown.
+        ConfigError: If a reason is unknown, or the results of another command are in the folder.
         DataError: If too many rows were rejected, after everything is committed.
         JobError: If units were set aside, after the others are committed, or another run holds the output.
     """

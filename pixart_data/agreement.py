@@ -104,6 +104,11 @@ def disagreements(index: Path, rejected: Path, entries: Entries, manifest: Manif
         yield str(error)
 
 
+def wrong_numbers(entries: Entries, manifest: Manifest) -> str:
+    """Say which number in the entries is that of no row, shard or bucket of their set; empty if there is none."""
+    return (_wrong_row(entries, manifest) or _wrong_number(entries, manifest)) if len(entries) else ""
+
+
 def _damaged_record(entries: Entries, manifest: Manifest) -> str:
     for start in range(0, len(entries), _CHECKED_ROWS):
         some = entries[start : start + _CHECKED_ROWS]

@@ -3,6 +3,8 @@
 Legend: C latent channels, h w latent cells of 8 px, n tokens of a caption, L those with padding, D text width.
 """
 
+import contextlib
+import math
 import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +20,12 @@ CELL_PX = 8
 NULL_CAPTION = "null_caption.npz"
 """Beside an export: the features of the empty caption, as the reference would store a caption's."""
 
+MAX_TOKENS = 4096
+"""Of a caption; the longest that anything here is trained with is 300."""
+
+_MAX_WIDTH = 1 << 14
+_MAX_CELLS = 1 << 20  # of an image: 8192 x 8192 px
+_MAX_SIDE_PX = 1 << 20
 _OF_KEYS = frozenset(string.ascii_letters + string.digits + "_-%~")
 
 
@@ -106,7 +114,39 @@ def is_key(text: Any) -> TypeGuard[str]:
     return all(part and not set(part) - _OF_KEYS for part in parts)
 
 
+@contextlib.contextmanager
+def conversion(where: str) -> Iterator[None]:
+    """Make what conversions raise for values that nobody thought of a fact about the one sample.
+
+    Raises:
+        Unusable: In place of any such exception.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, MemoryError) as error:
+        raise Unusable(Reason.BAD_SHAPE, f"{where}: cannot be converted: {error}"[:300]) from error
+
+
+def original_px(sides: Any) -> tuple[int, int] | None:
+    """Return the two sides of an image as a foreign layout tells them; None where they can be none."""
+    if not isinstance(sides, list | tuple) or len(sides) != 2:
+        return None
+    good = all(isinstance(side, int | float) and 1 <= side <= _MAX_SIDE_PX for side in sides)  # NaN is not
+    return (int(sides[0]), int(sides[1])) if good else None
+
+
 # Images
+
+
+def require_image_size(shape: Sequence[int], num_channels: int) -> None:
+    """Refuse what is too large to be a posterior, before memory is taken for it.
+
+    Raises:
+        Unusable: If the shape has more numbers than the largest canvas.
+    """
+    if math.prod(shape) > 2 * num_channels * _MAX_CELLS:
+        detail = f"expected latents of {_MAX_CELLS:,} cells at most, found {tuple(shape)!s:.100}"
+        raise Unusable(Reason.BAD_SHAPE, detail)
 
 
 def posterior(array: Array, num_channels: int) -> Array:
@@ -115,6 +155,7 @@ def posterior(array: Array, num_channels: int) -> Array:
     Raises:
         Unusable: If it has another shape.
     """
+    require_image_size(array.shape, num_channels)
     shape = _unbatched(array)
     if len(shape) == 3 and shape[0] == 2 * num_channels:
         return _cells(array.reshape(2, num_channels, *shape[1:]))
@@ -136,6 +177,7 @@ def moments(array: Array, num_channels: int, factor: float) -> Array:
     Raises:
         Unusable: If the shape is neither's.
     """
+    require_image_size(array.shape, num_channels)
     shape = _unbatched(array)
     if len(shape) != 3 or shape[0] != num_channels:
         return posterior(array, num_channels)
@@ -173,14 +215,39 @@ def stored_moments(values: Array) -> tuple[npt.NDArray[np.float16], Rounding]:
 # Text
 
 
+def require_text_size(shape: Sequence[int], width: int | None) -> None:
+    """Refuse what is too large to be the features of a caption, before memory is taken for it.
+
+    Raises:
+        Unusable: If the shape has more tokens, or numbers, than any caption.
+    """
+    num_tokens = shape[-2] if len(shape) > 1 else 0
+    if num_tokens > MAX_TOKENS or math.prod(shape) > MAX_TOKENS * (width or _MAX_WIDTH):
+        detail = f"expected {MAX_TOKENS:,} tokens at most, found text features {tuple(shape)!s:.100}"
+        raise Unusable(Reason.BAD_SHAPE, detail)
+
+
+def require_mask_size(shape: Sequence[int]) -> None:
+    """Refuse what is too large to be the mask of a caption, before memory is taken for it.
+
+    Raises:
+        Unusable: If it is for more tokens than any caption has.
+    """
+    if math.prod(shape) > MAX_TOKENS:
+        raise Unusable(
+            Reason.BAD_SHAPE, f"expected a mask of {MAX_TOKENS:,} tokens at most, found {tuple(shape)!s:.100}"
+        )
+
+
 def tokens(array: Array, mask: Array | None, width: int | None) -> Array:
     """Return the true tokens (n, D) of features (L, D), with or without a batch of one; `mask` is 1 on true tokens.
 
     Numpy has no bf16; uint16 is taken for its bits.
 
     Raises:
-        Unusable: If the shapes do not fit each other or `width`, or no token is left.
+        Unusable: If the shapes do not fit each other or `width`, there are too many tokens, or none is left.
     """
+    require_text_size(array.shape, width)
     rows = array[0] if array.ndim == 3 and len(array) == 1 else array  # (L, D)
     if rows.ndim != 2 or not rows.size or (width is not None and rows.shape[1] != width):
         raise Unusable(Reason.BAD_SHAPE, f"expected text features (tokens, {width or 'width'}), found {array.shape}")

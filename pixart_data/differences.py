@@ -14,7 +14,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pixart_data.editions import Numbers, Original, find, identity, unlike
+from pixart_data.advice import command
+from pixart_data.editions import Numbers, Original, find, identity, require_finished, unfinished_sets, unlike
 from pixart_data.entries import key_hashes
 from pixart_data.errors import DataError
 from pixart_data.shards import feature_sets
@@ -66,7 +67,7 @@ class Comparison:
 
 
 def compare(left: Path, right: Path, num_examples: int) -> Iterator[Comparison]:
-    """Compare two datasets, or two feature sets whatever their names.
+    """Compare two datasets, or two feature sets whatever their names; a set that is not finished is a difference.
 
     Raises:
         DataError: If there is no sealed set at one of them.
@@ -74,25 +75,34 @@ def compare(left: Path, right: Path, num_examples: int) -> Iterator[Comparison]:
     pair = [feature_sets(root) for root in (left, right)]
     for root, sets in zip((left, right), pair, strict=True):
         if not sets:
+            require_finished(root)
             raise DataError(f"{root}: expected a dataset, found no finished feature set; check the path")
     if all(list(sets.values()) == [root] for root, sets in zip((left, right), pair, strict=True)):
         yield compare_sets(left.name, Original(left), Original(right), num_examples)
         return
-    for name in sorted({*pair[0], *pair[1]}):
-        if name in pair[0] and name in pair[1]:
+    unfinished = {path.name: path for root in (left, right) for path in unfinished_sets(root)}
+    for name in sorted({*pair[0], *pair[1], *unfinished}):
+        if name in unfinished:
+            path = unfinished[name]
+            yield Comparison(name, differences=[Difference(f"not finished: {path}; run {command(path)} to its end")])
+        elif name in pair[0] and name in pair[1]:
             yield compare_sets(name, Original(pair[0][name]), Original(pair[1][name]), num_examples)
         else:
             yield Comparison(name, differences=[Difference(f"only in {left if name in pair[0] else right}")])
 
 
 def compare_sets(name: str, left: Original, right: Original, num_examples: int) -> Comparison:
-    """Compare two sets: what made their features, samples, and rejected rows."""
+    """Compare two sets: what made their features, samples, and rejected rows; of sets of two kinds, nothing."""
     found = Comparison(name)
+    kinds = [original.manifest.kind for original in (left, right)]
+    if kinds[0] != kinds[1]:
+        what = f"kind is {kinds[0]} in {left.root}, {kinds[1]} in {right.root}; name two sets of one kind"
+        found.differences.append(Difference(what))
+        return found
     for fact, one, other in unlike(identity(left.manifest), identity(right.manifest)):
         found.differences.append(Difference(f"{fact} is {_short(one)} in {left.root}, {_short(other)} in {right.root}"))
-    if left.manifest.kind == right.manifest.kind:
-        _compare_samples(found, left, right, num_examples)
-        _compare_rejected(found, left, right, num_examples)
+    _compare_samples(found, left, right, num_examples)
+    _compare_rejected(found, left, right, num_examples)
     return found
 
 

@@ -4,6 +4,7 @@ Members of shards are copied or linked elsewhere; here are the tables that go wi
 in pieces, so that captions need not fit into memory; what is known of every row at once is numbers, some 170 bytes.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,16 +17,22 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pixart_data.commits import MANIFEST, file_sha256
-from pixart_data.entries import ENTRIES, Entries, checks, entry_type, map_entries
+from pixart_data.advice import command
+from pixart_data.agreement import wrong_numbers
+from pixart_data.commits import COMMITS, MANIFEST, file_sha256
+from pixart_data.entries import ENTRIES, Entries, entry_type, map_entries
 from pixart_data.errors import DataError
+from pixart_data.owners import MARKER
 from pixart_data.records import IMAGE_INDEX, REJECTED, TEXT_INDEX
 from pixart_data.seals import EntryFile, TableFile, publish_seal, without
 from pixart_data.shards import INDEX, REJECTED_FILE, Manifest, read_manifest
-from pixart_data.storage import exists, is_remote, local_copy, read_bytes, write_atomic
+from pixart_data.storage import exists, is_remote, local_copy, matching, read_bytes, write_atomic
+from pixart_data.tables import readable
 
 Numbers = npt.NDArray[np.int64]
 
+_REPORT = "stats.json"  # finishes the output of `stats`, which may lie beside feature sets
+_BEGUN = (ENTRIES, INDEX, MARKER)
 _ROWS_AT_ONCE = 1 << 16
 _RECORDS_AT_ONCE = 1 << 21
 
@@ -34,10 +41,10 @@ class Original:
     """A sealed feature set on any storage, whose rows are looked at, but not its shards.
 
     Attributes:
-        entries: Its records, checked; of a set on an object store, in memory.
+        entries: Its records, which are those that were sealed; of a set on an object store, in memory.
 
     Raises:
-        DataError: If it is not sealed, or a record is damaged.
+        DataError: If it is not sealed, or its records are damaged or not those that the manifest names.
     """
 
     def __init__(self, root: Path) -> None:
@@ -45,16 +52,22 @@ class Original:
         self.manifest = read_manifest(root)
         self.entries = _read_entries(root, self.manifest.kind)
         self._require_whole()
+        self._is_index_checked = False
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def _require_whole(self) -> None:
-        for start in range(0, len(self), _RECORDS_AT_ONCE):
-            some = self.entries[start : start + _RECORDS_AT_ONCE]
-            whole = np.array_equal(some["check"], checks(some))
-            if not whole or some["row"].max(initial=0) >= len(self):
-                raise DataError(f"{self.root / ENTRIES}: damaged; `pixart verify {self.root}` says what to do")
+        counted = self.manifest.counts.get("rows_out", len(self))
+        # What is mapped is hashed, and not the file of that name, which may be another by now.
+        if hashlib.sha256(self.entries.view(np.uint8).data).hexdigest() != self.manifest.entries_sha256:
+            problem = f"damaged, or not the one that {MANIFEST} names"
+        elif counted != len(self):
+            problem = f"holds {len(self):,} samples, {MANIFEST} counts {counted:,}"
+        else:
+            problem = wrong_numbers(self.entries, self.manifest)
+        if problem:
+            raise DataError(f"{self.root / ENTRIES}: {problem}; `pixart verify {self.root}` says what to do")
 
     @property
     def schema(self) -> pa.Schema:
@@ -77,26 +90,29 @@ class Original:
         """Yield pieces of the index in order, each with the number of its first row.
 
         Raises:
-            DataError: If the index is not that of the manifest.
+            DataError: If the index is missing, damaged or not that of the manifest.
         """
-        with local_copy(self.root / INDEX) as copy:
-            if columns is None:  # what is written on is read with care
-                self._require_same(copy, self.manifest.index_sha256)
+        with self._opened(INDEX) as copy:
+            if columns is None or not self._is_index_checked:  # what is written on is read with care
+                self._require_same(INDEX, copy, self.manifest.index_sha256)
+                self._is_index_checked = True
+            num_rows = pq.read_metadata(copy).num_rows
+            if num_rows != len(self):
+                more = f"`pixart verify {self.root}` says more"
+                raise DataError(f"{self.root}: {INDEX} has {num_rows} rows, {ENTRIES} {len(self)}; {more}")
             first = 0
             for piece in _pieces(copy, columns):
                 yield first, piece
                 first += piece.num_rows
-        if first != len(self):
-            raise DataError(f"{self.root}: {INDEX} has {first} rows, {ENTRIES} {len(self)}; `pixart verify` says more")
 
     def rejected(self) -> Iterator[pa.Table]:
         """Yield pieces of the table of rejected rows.
 
         Raises:
-            DataError: If it is not that of the manifest.
+            DataError: If it is missing, damaged or not that of the manifest.
         """
-        with local_copy(self.root / REJECTED_FILE) as copy:
-            self._require_same(copy, self.manifest.rejected_sha256)
+        with self._opened(REJECTED_FILE) as copy:
+            self._require_same(REJECTED_FILE, copy, self.manifest.rejected_sha256)
             yield from _pieces(copy, REJECTED.names)
 
     def keys(self, rows: Sequence[int]) -> list[str]:
@@ -107,11 +123,16 @@ class Original:
             found |= zip(inside.tolist(), table["key"].take(pa.array(inside - first)).to_pylist(), strict=True)
         return [found[int(row)] for row in rows]
 
-    def _require_same(self, copy: Path, sha256: str) -> None:
+    @contextlib.contextmanager
+    def _opened(self, name: str) -> Iterator[Path]:
+        with readable(self.root / name), local_copy(self.root / name) as copy:
+            yield copy
+
+    def _require_same(self, name: str, copy: Path, sha256: str) -> None:
         if file_sha256(copy) != sha256:
             raise DataError(
-                f"{self.root}: {INDEX} or {REJECTED_FILE} is not the one that {MANIFEST} names; wait for the run that "
-                f"writes there, or see what `pixart verify {self.root}` says"
+                f"{self.root / name}: damaged, or is not the one that {MANIFEST} names; wait for the run that writes "
+                f"there, or see what `pixart verify {self.root}` says"
             )
 
 
@@ -157,8 +178,19 @@ class Excerpt:
     keeps_rejected: Callable[[pa.Table], npt.NDArray[np.bool_]] | None = None
 
     def index(self, shards: pa.Array) -> Iterator[pa.Table]:
-        """Yield pieces of the index as it is to be."""
+        """Yield pieces of the index as it is to be.
+
+        Raises:
+            DataError: If the index is damaged, or names other shards than the entries do.
+        """
+        manifest = self.original.manifest
+        before = pa.array([shard["path"] for shard in manifest.shards], pa.string())
+        numbers = self.original.column("shard")
         for first, whole in self.original.tables():
+            if not whole["shard"].combine_chunks().equals(before.take(pa.array(numbers[first : first + len(whole)]))):
+                root = self.original.root
+                what = f"{INDEX} and {ENTRIES} name different shards, going by {MANIFEST}"
+                raise DataError(f"{root}: {what}; `pixart verify {root}` says what to do")
             rows = np.flatnonzero(self.kept[first : first + whole.num_rows])
             table = whole if len(rows) == whole.num_rows else whole.take(pa.array(rows))
             at = first + rows
@@ -231,6 +263,29 @@ def copy_calibration(original: Original, root: Path) -> None:
     write_atomic(root / calibration["path"], data)
 
 
+def unfinished_sets(root: Path) -> list[Path]:
+    """Return the feature sets of a dataset that were begun and have no manifest; `root` may also be a single set."""
+    if exists(root / MANIFEST):
+        return []
+    begun = {path.parent for name in (COMMITS, *_BEGUN) for path in matching(root, f"*/{name}")}
+    begun |= {root for name in _BEGUN if exists(root / name)}
+    begun |= {root} if (root / COMMITS).is_dir() else set()
+    return sorted(path for path in begun if not any(exists(path / name) for name in (MANIFEST, _REPORT)))
+
+
+def require_finished(root: Path) -> None:
+    """Check that a dataset has no set that was begun and not finished, which would be left out in silence.
+
+    Raises:
+        DataError: Naming each such set.
+    """
+    unfinished = unfinished_sets(root)
+    if unfinished:
+        names = ", ".join(map(str, unfinished))
+        advice = f"run {command(unfinished[0])} to its end first, or move what is not finished out of {root}"
+        raise DataError(f"{names}: not finished: expected a {MANIFEST}, found none; {advice}")
+
+
 def manifest_sha256(original: Original) -> str:
     """Return the sha256 of a set's manifest, which names all that is in it."""
     return hashlib.sha256(read_bytes(original.root / MANIFEST)).hexdigest()
@@ -287,7 +342,7 @@ def _read_entries(root: Path, kind: str) -> Entries:
     try:
         data = read_bytes(path)
     except FileNotFoundError:
-        raise DataError(f"{path}: missing; run `pixart extract` again: the index is rewritten from its parts") from None
+        raise DataError(f"{path}: missing; run {command(root)} again: the index is rewritten") from None
     if len(data) % entry_type(kind).itemsize:
         raise DataError(f"{path}: cut off; `pixart verify {root}` says what to do")
     return np.frombuffer(data, entry_type(kind))

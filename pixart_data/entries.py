@@ -17,9 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
 
+from pixart_data.advice import command
 from pixart_data.errors import DataError
+from pixart_data.tables import parquet
 
 ENTRIES = "entries.bin"
 
@@ -81,8 +82,8 @@ def require_whole(records: Entries, where: Path) -> None:
     """
     if not np.array_equal(records["check"], checks(records)):
         raise DataError(
-            f"{where}: damaged: a record does not fit its check; run `pixart extract` again: the index is rewritten "
-            "from its parts"
+            f"{where}: damaged: a record does not fit its check; run {command(where.parent)} again: the index is "
+            "rewritten"
         )
 
 
@@ -96,10 +97,11 @@ def map_entries(path: Path, kind: str) -> Entries:
     try:
         size_bytes = path.stat().st_size
     except FileNotFoundError:
-        raise DataError(f"{path}: missing; run `pixart extract` again: the index is rewritten from its parts") from None
+        raise DataError(f"{path}: missing; run {command(path.parent)} again: the index is rewritten") from None
     if size_bytes % dtype.itemsize:
         raise DataError(
-            f"{path}: expected records of {dtype.itemsize} bytes, found {size_bytes} bytes; run `pixart extract` again"
+            f"{path}: expected records of {dtype.itemsize} bytes, found {size_bytes} bytes; run "
+            f"{command(path.parent)} again: the index is rewritten"
         )
     if not size_bytes:
         return np.empty(0, dtype)
@@ -107,10 +109,14 @@ def map_entries(path: Path, kind: str) -> Entries:
 
 
 def read_keys(index: Path, rows: Sequence[int]) -> list[str]:
-    """Return the keys of rows of an index.parquet; only the row groups that hold them are read."""
+    """Return the keys of rows of an index.parquet; only the row groups that hold them are read.
+
+    Raises:
+        DataError: If it is missing or damaged.
+    """
     numbers = np.asarray(rows, np.int64)
     found: dict[int, str] = {}
-    with pq.ParquetFile(index) as file:
+    with parquet(index) as file:
         counts = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         ends = np.cumsum(counts)
         groups = np.searchsorted(ends, numbers, side="right")

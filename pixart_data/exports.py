@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 from pixart_data import mds
 from pixart_data.arrivals import NULL_CAPTION, widened
 from pixart_data.buckets import bucket_table
+from pixart_data.confinement import is_plain
 from pixart_data.entries import key_hashes
 from pixart_data.errors import ConfigError, DataError
 from pixart_data.mosaics import COLUMNS
@@ -100,9 +101,16 @@ class ReferenceLayout:
         """Return rows by the thousand.
 
         Raises:
-            DataError: If the reference would call two samples the same.
+            DataError: If the reference would call two samples the same, or a key is a path out of the export.
         """
         keys = self.pairs.image_rows["key"].to_pylist()
+        bad = next((key for key in keys if not is_plain(key)), None)
+        if bad is not None:
+            raise DataError(
+                f"{self.pairs.images.root}: expected keys that can be the paths of files in the export, found "
+                f"{bad!r:.80}; leave such samples out with `pixart split {self.pairs.images.root.parent} --out DIR "
+                "--where NAME=QUERY`, or export to mds"
+            )
         hashes = key_hashes(flat_name(key, "") for key in keys)
         order = np.argsort(hashes, kind="stable")
         twice = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])

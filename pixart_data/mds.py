@@ -15,6 +15,7 @@ import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 
 from pixart_data.arrivals import Array, Unusable
+from pixart_data.confinement import stays_below
 from pixart_data.errors import DataError
 from pixart_data.records import Reason
 from pixart_data.storage import read_bytes, write_atomic
@@ -35,7 +37,11 @@ _TYPES = {
 _TYPE_NUMBERS = {name: number for number, name in _TYPES.items()}
 _SIDE_TYPES = ("uint8", "uint16", "uint32", "uint64")
 _ARROW_CODECS = {"zstd": "zstd", "br": "brotli", "snappy": "snappy"}
-_DAMAGED = (ValueError, IndexError, KeyError, EOFError, OSError, struct.error, zlib.error, pa.ArrowException)
+_MAX_SHARD_BYTES = np.iinfo(np.uint32).max  # offsets have 32 bits
+_DAMAGED = (
+    ValueError, TypeError, LookupError, ArithmeticError, EOFError, OSError, MemoryError, struct.error, zlib.error,
+    pa.ArrowException,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ def read_index(root: Path) -> list[Mosaic]:
     """Return the shards of a folder in order, those of merged sub-folders included.
 
     Raises:
-        DataError: If there is no index, or it is of another format or version.
+        DataError: If there is no index, it is of another format or version, or it names files outside the folder.
     """
     path = root / INDEX
     try:
@@ -68,7 +74,7 @@ def read_index(root: Path) -> list[Mosaic]:
         return [_shard(root, entry) for entry in index["shards"]]
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(f"{path}: expected the index of MDS shards, found no such file; check the path") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise DataError(
             f"{path}: expected an index of MDS shards of version {_VERSION}, found something else ({error!r}); write "
             "it again with the tool that made the shards"
@@ -79,16 +85,33 @@ def _shard(root: Path, entry: Mapping[str, Any]) -> Mosaic:
     if (entry["format"], entry["version"]) != ("mds", _VERSION):
         raise ValueError(f"{entry['format']} version {entry['version']}")
     raw, zipped = entry["raw_data"], entry.get("zip_data")
-    return Mosaic(
-        path=root / raw["basename"],
+    shard = Mosaic(
+        path=_place(root, raw["basename"]),
         size_bytes=int(raw["bytes"]),
         hashes=dict(raw.get("hashes") or {}),
-        packed=(root / zipped["basename"], str(entry["compression"])) if zipped else None,
+        packed=(_place(root, zipped["basename"]), str(entry["compression"])) if zipped else None,
         num_samples=int(entry["samples"]),
-        names=tuple(entry["column_names"]),
-        encodings=tuple(entry["column_encodings"]),
-        sizes=tuple(entry["column_sizes"]),
+        names=tuple(map(str, entry["column_names"])),
+        encodings=tuple(map(str, entry["column_encodings"])),
+        sizes=tuple(None if size is None else int(size) for size in entry["column_sizes"]),
     )
+    if not len(shard.names) == len(shard.encodings) == len(shard.sizes):
+        raise ValueError("names, encodings and sizes of different numbers of columns")
+    if min((size for size in shard.sizes if size is not None), default=0) < 0:
+        raise ValueError("columns of negative size")
+    # Each sample takes 4 bytes at least: memory is taken, and rows are counted, by these numbers alone.
+    if not 0 <= 4 * shard.num_samples <= shard.size_bytes <= _MAX_SHARD_BYTES:
+        raise ValueError(f"{shard.num_samples} samples in {shard.size_bytes} bytes")
+    return shard
+
+
+def _place(root: Path, name: Any) -> Path:
+    if not stays_below(name):
+        raise DataError(
+            f"{root / INDEX}: expected shards inside the folder, found {name!r:.80}; nothing is read: write the index "
+            "again with the tool that made the shards"
+        )
+    return root / name
 
 
 def read_samples(shard: Mosaic, columns: Sequence[str]) -> Iterator[dict[str, Any] | Unusable]:
@@ -133,10 +156,11 @@ def _content(shard: Mosaic) -> bytes:
 
 
 def _unpacked(data: bytes, algorithm: str, size_bytes: int) -> bytes:
-    if algorithm == "gz":
-        return gzip.decompress(data)
-    if algorithm == "bz2":
-        return bz2.decompress(data)
+    """Decompress what should be `size_bytes`; of what holds more, one byte more is returned at most."""
+    if algorithm in ("gz", "bz2"):
+        opener = gzip.open if algorithm == "gz" else bz2.open
+        with opener(BytesIO(data), "rb") as file:
+            return bytes(file.read(size_bytes + 1))
     if algorithm not in _ARROW_CODECS:
         raise ValueError(f"expected compression {', '.join(_ARROW_CODECS)}, gz, bz2 or none, found {algorithm}")
     unpacked: bytes = pa.Codec(_ARROW_CODECS[algorithm]).decompress(data, size_bytes, asbytes=True)

@@ -84,6 +84,15 @@ def loading(setting: str, model: str) -> Iterator[None]:
         ) from error
 
 
+def quiet_loading() -> None:
+    """Keep the libraries' loading bars off the terminal, from now on in this process."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    diffusers_logging.disable_progress_bar()
+
+
 def require_weights(info: dict[str, Any]) -> None:
     """Check what `from_pretrained(..., output_loading_info=True)` tells beside the model.
 

@@ -14,11 +14,22 @@ from typing import Any
 
 import numpy as np
 
-from pixart_data.arrivals import CELL_PX, Array, Arrival, Portion, Unusable, is_key, moments, tokens
+from pixart_data.arrivals import (
+    CELL_PX,
+    Array,
+    Arrival,
+    Portion,
+    Unusable,
+    conversion,
+    is_key,
+    moments,
+    original_px,
+    tokens,
+)
 from pixart_data.errors import ConfigError
 from pixart_data.mds import Mosaic, read_index, read_samples
 from pixart_data.records import Reason
-from pixart_data.units import encode_name
+from pixart_data.units import encode_name, storable
 
 COLUMNS = {
     "key": "str",
@@ -90,9 +101,10 @@ class Mosaics:
         column = self._column("image", portion.content[1])
         for key, sample in self._samples(portion, [column, *(name for pair in _SIZES for name in pair)]):
             try:
-                values = self._moments(_value(sample, column))
+                with conversion(f"column {column}"):
+                    values = self._moments(_value(sample, column))
             except Unusable as why:
-                yield Arrival(key, error=why.reason, detail=why.detail)
+                yield Arrival(key, error=why.reason, detail=storable(why.detail))
             else:
                 yield Arrival(key, values, original_px=_original(sample))
 
@@ -105,12 +117,15 @@ class Mosaics:
         column = self._column("text", portion.content[1])
         for key, sample in self._samples(portion, [column, self.caption_column, _MASK]):
             try:
-                array = self._tokens(_value(sample, column))
-                values = tokens(array, None if isinstance(sample, Unusable) else sample.get(_MASK), self.text_width)
+                with conversion(f"column {column}"):
+                    array = self._tokens(_value(sample, column))
+                    mask = None if isinstance(sample, Unusable) else sample.get(_MASK)
+                    values = tokens(array, mask, self.text_width)
             except Unusable as why:
-                yield Arrival(key, error=why.reason, detail=why.detail)
+                yield Arrival(key, error=why.reason, detail=storable(why.detail))
             else:
                 caption = None if isinstance(sample, Unusable) else sample.get(self.caption_column)
+                caption = caption if isinstance(caption, str) else None
                 yield Arrival(key, values, caption, num_padded=array.shape[-2])
 
     def _column(self, kind: str, shard: Mosaic) -> str:
@@ -163,11 +178,7 @@ def _value(sample: dict[str, Any] | Unusable, column: str) -> Any:
 def _original(sample: dict[str, Any] | Unusable) -> tuple[int, int] | None:
     if isinstance(sample, Unusable):
         return None
-    for names in _SIZES:
-        sides = [side for side in map(sample.get, names) if isinstance(side, int | float) and side >= 1]
-        if len(sides) == 2:
-            return int(sides[0]), int(sides[1])
-    return None
+    return next(filter(None, (original_px([sample.get(name) for name in names]) for names in _SIZES)), None)
 
 
 def _from_bytes(data: bytes, dtype: str, multiple: int) -> Array:

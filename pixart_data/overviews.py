@@ -79,10 +79,12 @@ def _totals(overview: Overview) -> Iterator[tuple[str, str]]:
 
 def _set(survey: Survey) -> Iterator[str]:
     manifest = survey.manifest
-    yield f"<h2>{escaped(survey.root.name)}: {manifest.kind} features</h2>"
+    yield f"<h2>{escaped(survey.root.name)}: {escaped(manifest.kind)} features</h2>"
     model = manifest.model
     revision = f" @ {model['revision']}" if model.get("revision") else ""
-    facts = [("model", f"{model['id']}{revision}, computed in {model.get('dtype', 'unknown precision')}")]
+    facts = [
+        ("model", f"{model.get('id', 'unknown')}{revision}, computed in {model.get('dtype', 'unknown precision')}")
+    ]
     facts += [(name, str(value)) for name, value in manifest.policy.items()]
     if manifest.codec:
         facts += _codec(survey)
@@ -116,8 +118,9 @@ def _buckets(survey: Survey) -> Iterator[str]:
     most = max((bucket["rows"] for bucket in buckets), default=1)
     yield f"<h3>Buckets: {len(buckets)} of {len(survey.manifest.buckets)} hold images</h3><div class='bars buckets'>"
     for bucket in buckets:
-        label = f"{_canvas(bucket['height_px'], bucket['width_px'])}{bucket['ratio']} &nbsp; "
-        label += f"{bucket['height_px']} x {bucket['width_px']} px"
+        sides = escaped(f"{bucket['height_px']} x {bucket['width_px']} px")
+        canvas = _canvas(bucket["height_px"], bucket["width_px"])
+        label = f"{canvas}{escaped(str(bucket['ratio']))} &nbsp; {sides}"
         figure = f"{bucket['rows']:,} in {bucket['shards']:,} shard{'s' * (bucket['shards'] != 1)}"
         yield bar("own", label, figure, bucket["rows"] / most)
     yield "</div><p class=note>Height over width, height x width. A batch is of one bucket.</p>"

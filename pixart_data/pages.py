@@ -3,6 +3,9 @@
 import html
 from collections.abc import Iterable
 
+DOCTYPE = "<!DOCTYPE html>"
+"""How every page begins."""
+
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d2433; --soft: #5c6679; --line: #d9dee7; --page: #ffffff; --card: #f5f7fa;
   --own: #2f6fde; --paper: #a9b4c6; --warn: #8a5200; --warn-page: #fff1d6; }
@@ -45,7 +48,7 @@ def page(title: str, body: Iterable[str], style: str = "") -> str:
     """
     return "\n".join(
         [
-            "<!DOCTYPE html>",
+            DOCTYPE,
             '<html lang="en"><head><meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f'<meta name="color-scheme" content="light dark"><title>{escaped(title)}</title>',

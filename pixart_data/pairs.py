@@ -10,13 +10,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from zlib_ng.zlib_ng import crc32
 
-from pixart_data.codecs import Codec, from_manifest
-from pixart_data.commits import read_table
+from pixart_data.calibrations import read_codec, split
+from pixart_data.commits import MANIFEST, file_sha256
 from pixart_data.errors import DataError
-from pixart_data.shards import DTYPES, INDEX, FeatureSet, tensor_shape
-from pixart_data.storage import read_bytes
+from pixart_data.shards import FeatureSet, tensor_shape
+from pixart_data.tables import readable
 
 _PLACE = ["key", "shard", "offset_bytes", "size_bytes", "crc32"]
 _IMAGE = [*_PLACE, "bucket", "height_px", "width_px", "original_height_px", "original_width_px"]
@@ -38,7 +39,7 @@ class Pairs:
     """The samples that an image set and a text set have in common, in the order of the image index.
 
     Raises:
-        DataError: If a set is not finished, or they have no key in common.
+        DataError: If a set is not finished, its index is not that of its manifest, or they have no key in common.
     """
 
     def __init__(self, image_root: Path, text_root: Path) -> None:
@@ -48,8 +49,7 @@ class Pairs:
                 raise DataError(
                     f"{features.root}: expected {kind} features, found {features.manifest.kind}; name another"
                 )
-        images = read_table(image_root / INDEX, columns=_IMAGE)
-        texts = read_table(text_root / INDEX, columns=_TEXT)
+        images, texts = _index(self.images, _IMAGE), _index(self.texts, _TEXT)
         texts = texts.set_column(_TEXT.index("caption"), "caption", texts["caption"].cast(pa.large_string()))
         number = pc.index_in(images["key"], value_set=texts["key"])
         both = number.is_valid()
@@ -59,7 +59,7 @@ class Pairs:
                 f"{image_root} and {text_root}: expected samples in both, found no key in common; extract both from "
                 "the same images"
             )
-        self.codec = _codec(self.texts)
+        self.codec = read_codec(text_root, self.texts.manifest)
 
     def __len__(self) -> int:
         return int(self.image_rows.num_rows)
@@ -108,12 +108,17 @@ class Pairs:
         import torch
 
         data = _checked(self.texts, row, name)
-        arrays, at = [], 0
-        for part in self.codec.parts(row["num_tokens"], row["size_bytes"]):
-            arrays.append(data[at : at + part.size_bytes].view(DTYPES[part.dtype]).reshape(part.shape))
-            at += part.size_bytes
+        arrays = split(self.codec, data, row["num_tokens"])
         bits: Bits = self.codec.decode_arrays(arrays).contiguous().view(torch.int16).numpy().view(np.uint16)
         return bits
+
+
+def _index(features: FeatureSet, columns: list[str]) -> pa.Table:
+    with readable(features.index_path):
+        if file_sha256(features.index_path) != features.manifest.index_sha256:
+            problem = f"damaged, or not the one that {MANIFEST} names"
+            raise DataError(f"{features.index_path}: {problem}; `pixart verify {features.root}` says what to do")
+        return pq.read_table(features.index_path, columns=columns)
 
 
 def _checked(features: FeatureSet, row: Row, name: str) -> npt.NDArray[np.uint8]:
@@ -125,18 +130,3 @@ def _checked(features: FeatureSet, row: Row, name: str) -> npt.NDArray[np.uint8]
             f"`pixart verify {features.root}` names all that is"
         )
     return data
-
-
-def _codec(texts: FeatureSet) -> Codec:
-    codec, calibration = texts.manifest.codec, {}
-    if "calibration" in codec:
-        import safetensors.torch
-
-        data = read_bytes(texts.root / codec["calibration"]["path"])
-        if hashlib.sha256(data).hexdigest() != codec["calibration"]["sha256"]:
-            raise DataError(
-                f"{texts.root / codec['calibration']['path']}: damaged: its SHA-256 is not the one in the manifest; "
-                "restore it from a copy"
-            )
-        calibration = safetensors.torch.load(data)
-    return from_manifest(codec, texts.manifest.model["width"], calibration)

@@ -14,14 +14,21 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pixart_data.commits import MANIFEST
+from pixart_data.config import digest
 from pixart_data.editions import Original, find, manifest_sha256
 from pixart_data.entries import key_hashes
 from pixart_data.errors import ConfigError, DataError
-from pixart_data.links import linked_shards, write_linked
+from pixart_data.links import linked_shards, require_shards, write_linked
+from pixart_data.owners import MARKER, maker, place, read_fields, require_apart, require_links
 from pixart_data.queries import parse
 from pixart_data.shards import Manifest, feature_sets
 
-MADE_BY = "split_from"
+COMMAND = "split"
+SPLIT_FROM = "split_from"
+_SPLIT = (
+    "split"  # in the provenance: digest of the source, and of the shares or queries, all parts of one split have it
+)
 
 _REST = -1
 _SALT = np.uint64(0xA0761D6478BD642F)  # so that parts do not go by the order of compacted shards, which is the hash's
@@ -39,12 +46,14 @@ class Partition:
         names: Of the parts.
         parts: Of each set, by row of its index.
         bounds: Where shares end, in [0, 1]; None where queries decide.
+        split: Digest of what the parts follow from: the dataset's place, and shares or queries.
     """
 
     names: list[str]
     sets: dict[str, Original]
     parts: dict[str, Parts]
     bounds: npt.NDArray[np.float64] | None
+    split: str = ""
 
     def num_rows(self, name: str, part: int) -> int:
         """Return how many rows of a set are in a part; -1 stands for those in none."""
@@ -67,7 +76,9 @@ def by_share(root: Path, shares: Mapping[str, float]) -> Partition:
     bounds = np.cumsum(list(shares.values()))
     if bounds[-1] > 1 - 1e-9:
         bounds[-1] = 1.0
-    return Partition(list(shares), sets, {n: _by_share(o.column("key"), bounds) for n, o in sets.items()}, bounds)
+    parts = {name: _by_share(original.column("key"), bounds) for name, original in sets.items()}
+    split = digest({"source": place(root), "share": list(shares.items())})
+    return Partition(list(shares), sets, parts, bounds, split)
 
 
 def by_query(root: Path, queries: Mapping[str, str], queried: str | None) -> Partition:
@@ -83,17 +94,54 @@ def by_query(root: Path, queries: Mapping[str, str], queried: str | None) -> Par
     queried = queried or _only(sets)
     if queried not in sets:
         raise ConfigError(f"queried_set: expected one of {', '.join(sets)}, found {queried!r}")
-    chosen = _select(sets[queried], queries)
+    others = {name: original for name, original in sets.items() if name != queried}
+    chosen = _select(sets[queried], queries, others)
     parts = {queried: chosen}
     keys = sets[queried].column("key")
     for name in sets.keys() - {queried}:
         at, found = find(keys, sets[name].column("key"))
         parts[name] = np.where(found, chosen[at], np.int8(_REST)) if len(keys) else np.full(len(at), _REST, np.int8)
-    return Partition(list(queries), sets, parts, None)
+    split = digest({"source": place(root), "where": list(queries.items()), "queried_set": queried})
+    return Partition(list(queries), sets, parts, None, split)
+
+
+def check(partition: Partition, output: Path) -> None:
+    """Make sure, before anything is written, that the parts can be.
+
+    Raises:
+        ConfigError: If one would be written over a set of the dataset, or over what another command made, or if there
+            are parts of another split beside them.
+        DataError: If a shard of any set is missing or cut off.
+    """
+    roots = [output / part / name for part in partition.names for name in partition.sets]
+    require_apart(roots, [original.root for original in partition.sets.values()])
+    for root in roots:
+        require_links(root, COMMAND)
+    _require_same_split(partition, output)
+    for name, original in partition.sets.items():
+        require_shards(linked_shards([original], [partition.parts[name] != _REST]))
+
+
+def _require_same_split(partition: Partition, output: Path) -> None:
+    """Parts of two splits have samples in common, and those of the first would be taken for parts of the second."""
+    found = [(path, (read_fields(path) or {}).get("provenance")) for path in sorted(output.glob(f"*/*/{MANIFEST}"))]
+    found += [(path, read_fields(path)) for path in sorted(output.glob(f"*/*/{MARKER}"))]
+    for path, provenance in found:
+        if isinstance(provenance, dict) and maker(provenance) == COMMAND and provenance.get(_SPLIT) != partition.split:
+            raise ConfigError(
+                f"output: {output}: expected a new folder, or parts of this split, found {path.parent} of another: of "
+                "other shares or queries, or of another dataset; choose another output, or delete those parts"
+            )
 
 
 def write(partition: Partition, output: Path) -> Iterator[tuple[str, str, Manifest]]:
-    """Write the parts; yield part, set and manifest of each set that is done."""
+    """Write the parts; yield part, set and manifest of each set that is done.
+
+    Raises:
+        ConfigError: As `check`.
+        DataError: As `check`.
+    """
+    check(partition, output)
     for number, part in enumerate(partition.names):
         for name, original in partition.sets.items():
             kept = partition.parts[name] == number
@@ -104,10 +152,15 @@ def write(partition: Partition, output: Path) -> Iterator[tuple[str, str, Manife
                 shards=linked.shards,
                 counts=_counts(partition, original, int(kept.sum()), number),
                 records={},
-                provenance={**original.manifest.provenance, MADE_BY: manifest_sha256(original)},
+                provenance={
+                    **original.manifest.provenance,
+                    SPLIT_FROM: manifest_sha256(original),
+                    _SPLIT: partition.split,
+                },
             )
             excerpt = replace(excerpt, keeps_rejected=_Rejected(partition, number))
-            yield part, name, write_linked(output / part / name, manifest, [excerpt], linked.sources, MADE_BY)
+            linked = replace(linked, excerpts=[excerpt])
+            yield part, name, write_linked(output / part / name, manifest, linked, COMMAND)
 
 
 @dataclass(frozen=True)
@@ -155,13 +208,17 @@ def _by_share(hashes: npt.NDArray[np.uint64], bounds: npt.NDArray[np.float64]) -
     return np.where(parts < len(bounds), parts, _REST).astype(np.int8)
 
 
-def _select(original: Original, queries: Mapping[str, str]) -> Parts:
+def _select(original: Original, queries: Mapping[str, str], others: Mapping[str, Original]) -> Parts:
+    def elsewhere(column: str) -> str:
+        holders = [name for name, other in others.items() if column in other.schema.names]
+        return f"{column} is a column of {holders[0]}: --set queried_set={holders[0]}" if holders else ""
+
     parsed = [parse(text) for text in queries.values()]
     parts = np.full(len(original), _REST, np.int8)
     names = list(queries)
     columns = sorted(set().union(*(query.columns for query in parsed)))
     for query in parsed:
-        query.require(original.schema.names)
+        query.require(original.schema.names, elsewhere)
     for first, table in original.tables(columns):
         own = parts[first : first + table.num_rows]
         for number, query in enumerate(parsed):

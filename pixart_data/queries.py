@@ -77,8 +77,11 @@ class Query:
         matches: npt.NDArray[np.bool_] = pc.fill_null(found, False).to_numpy()
         return matches
 
-    def require(self, names: Iterable[str]) -> None:
+    def require(self, names: Iterable[str], elsewhere: Callable[[str], str] = lambda name: "") -> None:
         """Check that these columns are all that the query names.
+
+        Args:
+            elsewhere: Says of a column that is not among them how to name one of another table, if that is possible.
 
         Raises:
             ConfigError: Naming a column that is not among them.
@@ -87,7 +90,9 @@ class Query:
         for name in sorted(self.columns - set(there)):
             close = difflib.get_close_matches(name, there, n=1, cutoff=0.5)
             what = f"did you mean {close[0]}?" if close else "name another;"
-            raise _wrong(self.text, f"no column {name}; {what} there are {', '.join(sorted(there))}")
+            advice = elsewhere(name)
+            listed = ", ".join(sorted(there)) + (f"; {advice}" if advice else "")
+            raise _wrong(self.text, f"no column {name}; {what} there are {listed}")
 
 
 def parse(text: str) -> Query:

@@ -13,7 +13,7 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
@@ -22,7 +22,20 @@ from typing import Any
 
 import numpy as np
 
-from pixart_data.arrivals import Array, Arrival, Portion, Unusable, is_key, posterior, tokens
+from pixart_data.arrivals import (
+    Array,
+    Arrival,
+    Portion,
+    Unusable,
+    conversion,
+    is_key,
+    original_px,
+    posterior,
+    require_mask_size,
+    require_text_size,
+    tokens,
+)
+from pixart_data.confinement import stays_below
 from pixart_data.errors import ConfigError, DataError
 from pixart_data.lists import find_list, read_rows
 from pixart_data.places import Local
@@ -31,7 +44,16 @@ from pixart_data.sections import Source
 from pixart_data.storage import read_bytes
 from pixart_data.stores import patiently, unreadable, words
 from pixart_data.threads import ahead
-from pixart_data.units import Unit, encode_name, encode_path, is_missing, read_caption, split_extension, storable
+from pixart_data.units import (
+    MAX_FILE_BYTES,
+    Unit,
+    encode_name,
+    encode_path,
+    is_missing,
+    read_caption,
+    split_extension,
+    storable,
+)
 
 IMAGE_FOLDERS = (
     "img_vae_features_{}resolution/noflip",
@@ -47,11 +69,12 @@ LIST_FOLDERS = ("partition", "partition_filter", "")
 LIST = "data_info.json"
 
 _DAMAGED = (
-    ValueError, TypeError, LookupError, EOFError, OSError, RuntimeError, MemoryError, struct.error, zlib.error,
-    zipfile.BadZipFile,
+    ValueError, TypeError, LookupError, ArithmeticError, EOFError, OSError, RuntimeError, MemoryError, struct.error,
+    zlib.error, zipfile.BadZipFile,
 )  # fmt: skip
 """What numpy and zipfile raise for damaged files."""
-_MAX_SIDE_PX = 1 << 20
+_MAX_HEADER_BYTES = 1 << 14  # of a .npy: numpy reads as many at most
+_MAX_ITEM_BYTES = 16
 _THREADS, _AHEAD = 4, 8
 
 
@@ -188,7 +211,8 @@ class References:
         try:
             key, path = _named(key, content)
             array = _read_npy(_feature_file(folder, path, ".npy"))
-            values = posterior(array, self.num_channels)
+            with conversion(path):
+                values = posterior(array, self.num_channels)
         except Unusable as why:
             return Arrival(key, error=why.reason, detail=storable(why.detail))
         return Arrival(key, values, original_px=_size(content))
@@ -197,8 +221,9 @@ class References:
         key, content = row
         try:
             key, path = _named(key, content)
-            feature, mask = read_npz(_feature_file(folder, path, ".npz"))
-            values = tokens(feature, mask, self.text_width)
+            feature, mask = read_npz(_feature_file(folder, path, ".npz"), self.text_width)
+            with conversion(path):
+                values = tokens(feature, mask, self.text_width)
         except Unusable as why:
             return Arrival(key, error=why.reason, detail=storable(why.detail))
         return Arrival(key, values, self._caption(content), num_padded=feature.shape[-2])
@@ -206,7 +231,9 @@ class References:
     def _caption(self, content: Mapping[str, Any] | str) -> str | None:
         if isinstance(content, str):
             return None
-        if "id" in content:  # of a list of ids
+        if content.keys() == {"path", "id"}:  # of a list of ids
+            if not stays_below(f"{content['id']}.txt"):
+                return None
             return read_caption(str(self.root / "captions" / f"{content['id']}.txt"))
         caption = content.get(self.caption_column)
         return storable(caption).strip() if isinstance(caption, str) else None
@@ -217,22 +244,36 @@ def flat_name(path: str, extension: str) -> str:
     return "_".join(split_extension(path)[0].rsplit("/", 1)) + extension
 
 
-def read_npz(path: Path) -> tuple[Array, Array | None]:
+def read_npz(path: Path, width: int | None) -> tuple[Array, Array | None]:
     """Return `caption_feature` and `attention_mask`, None if there is none, of a .npz.
 
     Raises:
-        Unusable: If the file is missing or damaged.
+        Unusable: If the file is missing or damaged, or would inflate to more than a caption's features of `width`.
         DataError: If the storage fails.
     """
     data = read_file(path)
     try:
-        with np.load(BytesIO(data), allow_pickle=False) as arrays:
-            if not isinstance(arrays, np.lib.npyio.NpzFile):
-                raise ValueError("not a .npz")
-            mask = arrays["attention_mask"] if "attention_mask" in arrays.files else None
-            return arrays["caption_feature"], mask
+        with zipfile.ZipFile(BytesIO(data)) as archive:
+            held = set(archive.namelist())
+            mask = _unzipped(archive, "attention_mask", require_mask_size) if "attention_mask.npy" in held else None
+            return _unzipped(archive, "caption_feature", partial(require_text_size, width=width)), mask
     except _DAMAGED as error:
         raise Unusable(Reason.DAMAGED_FILE, f"{path}: {error}") from error
+
+
+def _unzipped(archive: zipfile.ZipFile, name: str, require_size: Callable[[tuple[int, ...]], None]) -> Array:
+    """Return an array of a .npz whose header, the only part that is inflated before, says that it is not too large."""
+    with archive.open(f"{name}.npy") as file:
+        head = BytesIO(file.read(_MAX_HEADER_BYTES))
+    version = np.lib.format.read_magic(head)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(head)
+    require_size(shape)
+    if dtype.itemsize > _MAX_ITEM_BYTES:
+        raise ValueError(f"expected numbers, found {dtype}")
+    with archive.open(f"{name}.npy") as file:
+        array: Array = np.lib.format.read_array(file, allow_pickle=False)
+    return array
 
 
 def read_null_caption(path: Path, width: int | None) -> Array:
@@ -242,8 +283,9 @@ def read_null_caption(path: Path, width: int | None) -> Array:
         DataError: If they cannot be read, or are of another width.
     """
     try:
-        feature, mask = read_npz(path)
-        return tokens(feature, mask, width)
+        feature, mask = read_npz(path, width)
+        with conversion(str(path)):
+            return tokens(feature, mask, width)
     except Unusable as why:
         raise DataError(
             f"{path}: expected the features of the empty caption as the reference stores a caption's: {why.detail}; "
@@ -266,11 +308,18 @@ def read_file(path: Path) -> bytes:
     """Return the content of a file of features.
 
     Raises:
-        Unusable: If there is none, or it is empty.
+        Unusable: If there is none, it is empty, or far too large for a sample.
         DataError: If the storage fails.
     """
+
+    def read() -> bytes:
+        size_bytes = path.stat().st_size
+        if size_bytes > MAX_FILE_BYTES:
+            raise Unusable(Reason.TOO_LARGE, f"{path}: {size_bytes:,} bytes")
+        return path.read_bytes()
+
     try:
-        data = patiently(path.read_bytes, str(path))
+        data = patiently(read, str(path))
     except ValueError as error:  # a NUL or a lone surrogate in the path
         raise Unusable(Reason.MISSING_FILE, f"{str(path)!r}: {error}") from error
     except OSError as error:
@@ -289,6 +338,8 @@ def _named(key: str, content: Mapping[str, Any] | str) -> tuple[str, str]:
     path, own = content.get("path"), content.get("key")
     if not isinstance(path, str) or not path:
         raise Unusable(Reason.BAD_ROW, f"path: expected the path of an image, found {path!r:.80}")
+    if not stays_below(path):
+        raise Unusable(Reason.BAD_ROW, f"path: expected one below the folder, found {path!r:.80}")
     return own if is_key(own) else key, path
 
 
@@ -302,6 +353,4 @@ def _feature_file(folder: Path, path: str, extension: str) -> Path:
 def _size(content: Mapping[str, Any] | str) -> tuple[int, int] | None:
     if isinstance(content, str):
         return None
-    sides = [content.get(name) for name in ("height", "width")]
-    good = all(isinstance(side, int | float) and 1 <= side <= _MAX_SIDE_PX for side in sides)
-    return (int(sides[0]), int(sides[1])) if good else None  # type: ignore[arg-type]
+    return original_px([content.get(name) for name in ("height", "width")])

@@ -35,10 +35,11 @@ from zlib_ng.zlib_ng import crc32  # the values of zlib's, fifteen times as fast
 
 from pixart_data.commits import MANIFEST
 from pixart_data.config import digest
+from pixart_data.confinement import require_confined
 from pixart_data.entries import ENTRIES, Entries, map_entries, read_keys
 from pixart_data.errors import DataError, JobError
 from pixart_data.retries import storage
-from pixart_data.storage import discard, exists, read_bytes, require_local
+from pixart_data.storage import discard, exists, matching, read_bytes, require_local
 
 FORMAT = "pixart-features"
 FORMAT_VERSION = 2
@@ -339,8 +340,7 @@ class FeatureSet:
     def close(self) -> None:
         """Close the shards; no thread may be reading."""
         for one in self._opened:
-            opened = one()
-            if opened is not None:
+            if (opened := one()) is not None:
                 opened.close()
 
 
@@ -367,7 +367,7 @@ def read_manifest(root: Path) -> Manifest:
     """Return the manifest of the feature set at `root`.
 
     Raises:
-        DataError: If there is none, it is damaged, or it is of another format or version.
+        DataError: If there is none, it is damaged, of another format or version, or names files outside the set.
     """
     path = root / MANIFEST
     try:
@@ -378,15 +378,16 @@ def read_manifest(root: Path) -> Manifest:
         raise DataError(f"{path}: not valid JSON ({error}); run `pixart extract` again to rewrite it") from error
     kind = (fields.get("format"), fields.get("version")) if isinstance(fields, dict) else (type(fields).__name__, "?")
     if kind != (FORMAT, FORMAT_VERSION):
-        found = f"{kind[0]} version {kind[1]}"
         raise DataError(
-            f"{path}: expected {FORMAT} version {FORMAT_VERSION}, found {found}; run `pixart extract` with its job, "
-            f"{root}/job.toml, and the same sources and models: of a set of an older version it redoes the index alone"
+            f"{path}: expected {FORMAT} version {FORMAT_VERSION}, found {kind[0]} version {kind[1]}; run `pixart "
+            f"extract` with its job, {root}/job.toml, and the same sources and models: of a set of an older version it "
+            "redoes the index alone"
         )
     if fields.pop("digest", None) != digest(fields):
         raise DataError(
             f"{path}: damaged or edited: it does not fit its own digest; run `pixart extract` again to rewrite it"
         )
+    require_confined(path, fields)
     try:
         return Manifest(**fields)
     except TypeError as error:
@@ -394,6 +395,6 @@ def read_manifest(root: Path) -> Manifest:
 
 
 def feature_sets(root: Path) -> dict[str, Path]:
-    """Return the sealed feature sets of a dataset by name; `root` may also be a single set."""
-    paths = [root / MANIFEST] if exists(root / MANIFEST) else sorted(root.glob(f"*/{MANIFEST}"))
+    """Return the sealed sets of a dataset, or the set at `root`, by name; raises ConfigError if nothing is there."""
+    paths = [root / MANIFEST] if exists(root / MANIFEST) else matching(root, f"*/{MANIFEST}")
     return {path.parent.name: path.parent for path in paths if FORMAT.encode() in read_bytes(path)}

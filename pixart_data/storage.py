@@ -121,6 +121,20 @@ def exists(path: Path) -> bool:
     return retrying(path.is_file, path, "read")
 
 
+def matching(root: Path, pattern: str) -> list[Path]:
+    """Return what matches a pattern of `glob` below a folder, sorted; raises ConfigError if nothing is at `root`."""
+    found = retrying(lambda: sorted(root.glob(pattern)), root, "read")
+    if not found:
+        require_there(root)
+    return found
+
+
+def require_there(path: Path, setting: str = "") -> None:
+    """Raise ConfigError, after the `setting` that names it, if there is neither a file nor a folder."""
+    if not retrying(path.exists, path, "read"):
+        raise ConfigError(f"{setting and f'{setting}: '}{path}: no such file or folder; check the path")
+
+
 def remote_fingerprint(path: Path) -> str:
     """Return what changes when an object does: its size and its tag, or when it was last written."""
     info = retrying(lambda: cast(Any, path).fs.info(cast(Any, path).path), path, "read")

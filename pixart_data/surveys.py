@@ -4,7 +4,6 @@ Manifests, `entries.bin` and single columns of the index are read in pieces; of 
 number of records alone. Memory: 8 bytes for each image of the largest set, for matching keys, besides what is sampled.
 """
 
-import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +11,18 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from pixart_data.advice import command
+from pixart_data.agreement import wrong_numbers
 from pixart_data.calibrations import read_codec, split
 from pixart_data.codecs import from_manifest
 from pixart_data.entries import ENTRIES, Entries, checks
 from pixart_data.errors import DataError
 from pixart_data.figures import MOST_CODEC_ERROR, LatentFigures, LatentSums, TextFigures, TextSums
 from pixart_data.shards import INDEX, REJECTED_FILE, BatchBuffer, FeatureSet, Manifest, MemberPlaces
-from pixart_data.storage import exists, is_remote, size_bytes
+from pixart_data.storage import exists, size_bytes
+from pixart_data.tables import parquet
 
 MOST_SAMPLES = 1000
 MOST_BYTES = 128 << 20  # of sampled members in a set: long captions and large images make fewer
@@ -196,7 +196,8 @@ def read_members(features: FeatureSet, records: Entries) -> Iterator[tuple[int, 
         whole = some["check"] == checks(some)
         for i in np.flatnonzero(~whole):
             where = features.root / ENTRIES
-            yield start + int(i), DataError(f"{where}: a record does not fit its check; run `pixart extract` again")
+            advice = f"run {command(features.root)} again"
+            yield start + int(i), DataError(f"{where}: a record does not fit its check; {advice}")
         good = some[whole]
         bounds = [0, *np.cumsum(good["size"], dtype=np.int64).tolist()]
         data = np.empty(bounds[-1], np.uint8)
@@ -221,24 +222,6 @@ def index_rows(path: Path, rows: list[int], columns: list[str]) -> dict[int, dic
     return found
 
 
-@contextlib.contextmanager
-def parquet(path: Path) -> Iterator[pq.ParquetFile]:
-    """Open a Parquet file on any storage; of one in an object store, what is asked for is fetched and no more.
-
-    Raises:
-        DataError: If it is missing or damaged.
-    """
-    try:
-        with contextlib.ExitStack() as stack:
-            source = stack.enter_context(path.open("rb")) if is_remote(path) else path
-            yield stack.enter_context(pq.ParquetFile(source))
-    except FileNotFoundError:
-        raise DataError(f"{path}: missing; run `pixart verify {path.parent}`, which says what to do") from None
-    except (pa.ArrowInvalid, OSError) as error:
-        why = str(error).partition("\n")[0]
-        raise DataError(f"{path}: cannot be read ({why}); run `pixart verify {path.parent}`") from error
-
-
 def _require_alike(features: FeatureSet) -> None:
     with parquet(features.root / INDEX) as file:
         num_rows = file.metadata.num_rows
@@ -249,6 +232,9 @@ def _require_alike(features: FeatureSet) -> None:
                 f"{features.root / name}: expected {expected:,} rows, as manifest.json has them, found {found:,}; "
                 f"`pixart verify {features.root}` says what to do"
             )
+    problem = wrong_numbers(features.entries, features.manifest)
+    if problem:
+        raise DataError(f"{features.root}: {problem}; `pixart verify {features.root}` says what to do")
 
 
 def _pieces(entries: Entries) -> Iterator[Entries]:
@@ -340,7 +326,7 @@ def _figures(features: FeatureSet, totals: Totals, damaged: list[str]) -> Latent
     return (_latents if is_image else _texts)(features, records, damaged)
 
 
-def _latents(features: FeatureSet, records: Entries, damaged: list[str]) -> LatentFigures:
+def _latents(features: FeatureSet, records: Entries, damaged: list[str]) -> LatentFigures | None:
     model = features.manifest.model
     sums = LatentSums(model["channels"])
     for i, data in read_members(features, records):
@@ -348,6 +334,8 @@ def _latents(features: FeatureSet, records: Entries, damaged: list[str]) -> Late
             damaged.append(str(data))
         else:
             sums.add(moments_of(data, features.manifest, records[i]))
+    if "scaling_factor" not in model:  # what training sees cannot be told
+        return None
     return sums.figures(model["scaling_factor"], model.get("shift_factor") or 0.0)
 
 

@@ -16,7 +16,19 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pixart_data.arrivals import Array, Arrival, Portion, Unusable, moments, tokens
+from pixart_data.arrivals import (
+    Array,
+    Arrival,
+    Portion,
+    Unusable,
+    conversion,
+    moments,
+    original_px,
+    require_image_size,
+    require_mask_size,
+    require_text_size,
+    tokens,
+)
 from pixart_data.errors import ConfigError
 from pixart_data.records import Reason
 from pixart_data.references import read_file
@@ -107,20 +119,24 @@ class TensorFiles:
     def _image(self, name: str) -> Arrival:
         try:
             held = _load(self.root / self.image_folder / name)
-            array = _array(_one(held, IMAGE_NAMES, name))
-            values = moments(array, self.num_channels, self.factor)
+            with conversion(name):
+                found = _one(held, IMAGE_NAMES, name)
+                require_image_size(found.shape, self.num_channels)
+                values, sides_px = moments(_array(found), self.num_channels, self.factor), _size(held)
         except Unusable as why:
             return Arrival(self._key(name), error=why.reason, detail=storable(why.detail))
-        return Arrival(self._key(name), values, original_px=_size(held))
+        return Arrival(self._key(name), values, original_px=sides_px)
 
     def _text(self, name: str) -> Arrival:
         try:
             held = _load(self.root / self.text_folder / name)
-            array = _array(_one(held, TEXT_NAMES, name))
-            values = tokens(array, _mask(held), self.text_width)
+            with conversion(name):
+                found = _one(held, TEXT_NAMES, name)
+                require_text_size(found.shape, self.text_width)
+                values = tokens(_array(found), _mask(held), self.text_width)
         except Unusable as why:
             return Arrival(self._key(name), error=why.reason, detail=storable(why.detail))
-        return Arrival(self._key(name), values, _caption(held), num_padded=array.shape[-2])
+        return Arrival(self._key(name), values, _caption(held), num_padded=found.shape[-2])
 
 
 def _files(root: Path) -> dict[str, int]:
@@ -144,10 +160,24 @@ def _load(path: Path) -> Any:
 
     data = read_file(path)
     try:
+        _require_stored(data)
         return torch.load(BytesIO(data), map_location="cpu", weights_only=True)
     except _DAMAGED as error:
         line = " ".join(str(error).split())[:200]
         raise Unusable(Reason.DAMAGED_FILE, f"{path}: not tensors that can be read: {line}") from error
+
+
+def _require_stored(data: bytes) -> None:
+    """Refuse an archive that holds more than it is large: torch stores tensors as they are, but would inflate others.
+
+    Raises:
+        ValueError: If it does.
+    """
+    if zipfile.is_zipfile(BytesIO(data)):
+        with zipfile.ZipFile(BytesIO(data)) as archive:
+            size_bytes = sum(member.file_size for member in archive.infolist())
+        if size_bytes > len(data):
+            raise ValueError(f"expected tensors stored as they are, found {size_bytes:,} bytes in {len(data):,}")
 
 
 def _one(held: Any, names: tuple[str, ...], file: str) -> "Tensor":
@@ -157,7 +187,9 @@ def _one(held: Any, names: tuple[str, ...], file: str) -> "Tensor":
     found = next((held[name] for name in names if name in held), None) if isinstance(held, Mapping) else held
     if not isinstance(found, torch.Tensor) or not found.is_floating_point():
         what = ", ".join(map(str, held)) if isinstance(held, Mapping) else type(held).__name__
-        raise Unusable(Reason.BAD_SHAPE, f"{file}: expected a tensor or one under {', '.join(names)}, found {what}")
+        raise Unusable(
+            Reason.BAD_SHAPE, f"{file}: expected a tensor or one under {', '.join(names)}, found {what:.200}"
+        )
     return found
 
 
@@ -176,7 +208,10 @@ def _mask(held: Any) -> Array | None:
     import torch
 
     found = _named(held, MASK_NAMES)
-    return _array(found.float()) if isinstance(found, torch.Tensor) else None
+    if not isinstance(found, torch.Tensor):
+        return None
+    require_mask_size(found.shape)
+    return _array(found.float())
 
 
 def _caption(held: Any) -> str | None:
@@ -186,10 +221,12 @@ def _caption(held: Any) -> str | None:
 
 
 def _size(held: Any) -> tuple[int, int] | None:
+    import torch
+
     found = _named(held, (SIZE_NAME,))
-    found = found.flatten().tolist() if hasattr(found, "flatten") else found
-    sides = [side for side in found if isinstance(side, int | float)] if isinstance(found, list | tuple) else []
-    return (int(sides[0]), int(sides[1])) if len(sides) == 2 and min(sides) >= 1 else None
+    if isinstance(found, torch.Tensor):
+        found = found.flatten().tolist() if found.numel() == 2 else None
+    return original_px(found)
 
 
 def _named(held: Any, names: tuple[str, ...]) -> Any:

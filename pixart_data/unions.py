@@ -9,10 +9,12 @@ import numpy as np
 
 from pixart_data.editions import Original, find, identity, manifest_sha256, unlike
 from pixart_data.errors import DataError
-from pixart_data.links import linked_shards, write_linked
+from pixart_data.links import Linked, linked_shards, require_shards, write_linked
+from pixart_data.owners import require_apart, require_links
 from pixart_data.shards import Manifest, feature_sets
 
-MADE_BY = "merged_from"
+COMMAND = "merge"
+MERGED_FROM = "merged_from"
 
 _ADVICE = {
     "codec.calibration": "features of one calibration cannot be read with another's; extract the captions of one again "
@@ -46,13 +48,33 @@ def open_all(roots: Sequence[Path]) -> dict[str, list[Original]]:
     return opened
 
 
+def check(opened: Mapping[str, Sequence[Original]], output: Path) -> None:
+    """Make sure, before anything is written, that the joint dataset can be.
+
+    Raises:
+        ConfigError: If it would be written over one of the datasets, or over what another command made.
+        DataError: If a shard of any set is missing or cut off.
+    """
+    roots = [output / name for name in opened]
+    require_apart(roots, [original.root for originals in opened.values() for original in originals])
+    for root in roots:
+        require_links(root, COMMAND)
+    for originals in opened.values():
+        require_shards(_linked(originals))
+
+
 def merge(opened: Mapping[str, Sequence[Original]], output: Path) -> Iterator[tuple[str, Manifest]]:
     """Write the joint dataset, set after set, and yield the name and manifest of each that is done.
 
     Rows are in the order of the datasets; the first one's empty caption is taken.
+
+    Raises:
+        ConfigError: As `check`.
+        DataError: As `check`.
     """
+    check(opened, output)
     for name, originals in opened.items():
-        linked = linked_shards(originals, [np.ones(len(original), np.bool_) for original in originals])
+        linked = _linked(originals)
         first = originals[0].manifest
         manifest = replace(
             first,
@@ -60,9 +82,13 @@ def merge(opened: Mapping[str, Sequence[Original]], output: Path) -> Iterator[tu
             counts=_sum_counts(originals),
             codec=_codec(originals),
             records={},
-            provenance={**first.provenance, MADE_BY: [manifest_sha256(original) for original in originals]},
+            provenance={**first.provenance, MERGED_FROM: [manifest_sha256(original) for original in originals]},
         )
-        yield name, write_linked(output / name, manifest, linked.excerpts, linked.sources, MADE_BY)
+        yield name, write_linked(output / name, manifest, linked, COMMAND)
+
+
+def _linked(originals: Sequence[Original]) -> Linked:
+    return linked_shards(originals, [np.ones(len(original), np.bool_) for original in originals])
 
 
 def _names(sets: Mapping[str, Path]) -> str:

@@ -6,32 +6,37 @@ records, which hold those of the index parts.
 """
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from pixart_data import archives, captions, selection
-from pixart_data.agreement import disagreements, from_index
+from pixart_data.advice import command
+from pixart_data.agreement import disagreements, from_index, wrong_numbers
 from pixart_data.commits import COMMITS, MANIFEST, Record, file_sha256, read_records
 from pixart_data.config import digest
 from pixart_data.damage import Finding, Keys, by_shard, check_shard, check_size
 from pixart_data.entries import ENTRIES, Entries, map_entries
 from pixart_data.errors import ConfigError, DataError
+from pixart_data.retries import retrying
 from pixart_data.shards import FORMAT, INDEX, REJECTED_FILE, Manifest, manifest_bytes, read_manifest
-from pixart_data.storage import exists, local_copy, read_bytes, size_bytes
+from pixart_data.storage import exists, is_remote, local_copy, read_bytes, size_bytes
 
-__all__ = ["Finding", "verify"]
+__all__ = ["Finding", "planned", "verify"]
 
 REPORT = "stats.json"  # what finishes the output of `stats`, as a manifest does that of the other stages
+_LEVELS = 3  # of folders below the one that is named
 _FORMATS = {FORMAT, selection.FORMAT, captions.FORMAT, archives.FORMAT}
-_JOB = "job.toml"
 
 
 def verify(root: Path, fast: bool = False) -> Iterator[Finding]:
-    """Yield a finding for each file of a dataset, a feature set, or any output directory with commit records.
+    """Yield a finding for each file of all datasets, feature sets and other outputs at a folder and below it.
 
-    An output that was never finished is a finding of its own, besides those of its files.
+    An output that was never finished is a finding of its own, besides those of its files. What lies more than three
+    folders below is not looked for.
 
     Args:
         fast: Look at the sizes of shards and of tables of captions only; all else is read as ever.
@@ -40,20 +45,71 @@ def verify(root: Path, fast: bool = False) -> Iterator[Finding]:
         ConfigError: If the path does not exist.
         DataError: If there is nothing here that can be verified.
     """
-    if not root.is_dir():
+    for path in _found(root):
+        yield from _verify_output(path, fast)
+
+
+def planned(root: Path) -> Iterator[tuple[Path, int]]:
+    """Yield each file that `verify` would tell of, with its size in bytes as its output has it noted.
+
+    Raises:
+        ConfigError: If the path does not exist.
+        DataError: If there is nothing here that can be verified, or an output does not say what it holds.
+    """
+    for output in _found(root):
+        yield from _planned(output)
+
+
+def _planned(root: Path) -> Iterator[tuple[Path, int]]:
+    kind = _format(root) if exists(root / MANIFEST) else ""
+    named: list[tuple[str, int]] = []
+    if kind == FORMAT:
+        manifest = read_manifest(root)
+        named = [(name, max(_size(root / name), 0)) for name in (MANIFEST, *_tables(manifest))]
+        named += [(shard["path"], shard["size_bytes"]) for shard in manifest.shards]
+    elif kind == selection.FORMAT:
+        kept = selection.read_selection(root)
+        named = [(file.path, file.size_bytes) for file in (*(part.file for part in kept.parts), kept.rejected_file)]
+    for record in read_records(root).values():
+        named += [(f.path, f.size_bytes) for f in record.files if kind != FORMAT or not f.path.endswith(".tar")]
+    yield from ((root / path, size) for path, size in named)
+
+
+def _outputs(root: Path) -> list[Path]:
+    """Return the folders that a command wrote to, or began to: `root` and those below it."""
+    return sorted(path for path, names in _folders(root, _LEVELS) if names & {MANIFEST, INDEX, ENTRIES, COMMITS})
+
+
+def _found(root: Path) -> list[Path]:
+    if not retrying(root.is_dir, root, "read"):
         raise ConfigError(f"{root}: no such folder; check the path")
     outputs = _outputs(root)
     if not outputs:
         raise DataError(f"{root}: expected a dataset, a feature set or a table of captions, found none of them")
-    for path in outputs:
-        yield from _verify_output(path, fast)
+    return outputs
 
 
-def _outputs(root: Path) -> list[Path]:
-    """Return the folders that a command wrote to, or began to: `root` and those in it."""
-    found = {path.parent for name in (MANIFEST, INDEX, ENTRIES, COMMITS) for path in root.glob(f"*/{name}")}
-    own = [root] if (root / COMMITS).is_dir() or any(exists(root / n) for n in (MANIFEST, INDEX, ENTRIES)) else []
-    return own + sorted(found)
+def _folders(root: Path, levels: int) -> Iterator[tuple[Path, set[str]]]:
+    """Yield `root` and the folders down to so many levels below it, each with the names of what is in it."""
+    try:
+        found = retrying(lambda: _names(root), root, "read")
+    except FileNotFoundError:  # swept away meanwhile, by a run that goes on
+        return
+    yield root, set(found)
+    for name, is_folder in found.items():
+        if is_folder and levels:
+            yield from _folders(root / name, levels - 1)
+
+
+def _names(folder: Path) -> dict[str, bool]:
+    """Return what is in a folder by name, and whether it is a folder."""
+    if not is_remote(folder):
+        with os.scandir(folder) as entries:
+            return {entry.name: entry.is_dir() for entry in entries}
+    remote: Any = folder
+    found = [(entry["name"].rstrip("/"), entry["type"]) for entry in remote.fs.ls(remote.path, detail=True)]
+    own = remote.path.rstrip("/")  # stores that have an object for a folder list it, too
+    return {name.rsplit("/", 1)[-1]: kind == "directory" for name, kind in found if name != own}
 
 
 def _verify_output(root: Path, fast: bool) -> Iterator[Finding]:
@@ -71,10 +127,10 @@ def _verify_output(root: Path, fast: bool) -> Iterator[Finding]:
         elif kind == selection.FORMAT:
             yield from _verify_selection(root)
         elif kind not in _FORMATS:
-            yield Finding(root / MANIFEST, problem=f"damaged: it names no format; run `{_command(root)}` again")
+            yield Finding(root / MANIFEST, problem=f"damaged: it names no format; run {command(root)} again")
     yield from _verify_records(root, records, {".tar"} if is_features else set(), fast)
     if not finished and not exists(root / REPORT):
-        yield Finding(root, problem="not finished: run the command that writes it again, to its end")
+        yield Finding(root, problem=f"not finished: run {command(root)} again, to its end")
 
 
 def _format(root: Path) -> str:
@@ -83,15 +139,6 @@ def _format(root: Path) -> str:
     except ValueError:
         return ""
     return str(fields.get("format")) if isinstance(fields, dict) else ""
-
-
-def _command(root: Path) -> str:
-    """Return the command that wrote an output, for messages."""
-    try:
-        first = read_bytes(root / _JOB).decode("utf-8", "replace").partition("\n")[0]
-    except FileNotFoundError:
-        return "pixart extract"
-    return first.removeprefix("# ") if first.startswith("# pixart ") else "pixart extract"
 
 
 def _verify_records(root: Path, records: dict[str, Record], skipped: set[str], fast: bool) -> Iterator[Finding]:
@@ -125,7 +172,7 @@ def _verify_set(root: Path, records: dict[str, Record], fast: bool) -> Iterator[
         yield Finding(path, problem=str(error).removeprefix(f"{path}: "))
         return
     whole = read_bytes(path) == manifest_bytes(manifest)  # a digest does not see how a number is spelt
-    yield Finding(path, size_bytes(path), problem="" if whole else f"damaged; run `{_command(root)}` again")
+    yield Finding(path, size_bytes(path), problem="" if whole else f"damaged; run {command(root)} again")
     yield from _verify_sealed_records(root, manifest, records)
     with ExitStack() as stack:
         copies: dict[str, Path] = {}
@@ -133,7 +180,7 @@ def _verify_set(root: Path, records: dict[str, Record], fast: bool) -> Iterator[
             copy, problem = _opened(stack, root / name, sha256)
             if copy is not None and not problem:
                 copies[name] = copy
-            advice = f"; run `{_command(root)}` again: it is rewritten from its parts" if problem else ""
+            advice = f"; run {command(root)} again: it is rewritten" if problem else ""
             yield Finding(root / name, copy.stat().st_size if copy else 0, problem=problem + advice)
         entries = map_entries(copies[ENTRIES], manifest.kind) if ENTRIES in copies else None
         yield from _verify_agreement(root, copies, entries, manifest)
@@ -161,9 +208,9 @@ def _verify_sealed_records(root: Path, manifest: Manifest, records: dict[str, Re
     for unit, expected in manifest.records.items():
         path = root / COMMITS / f"{unit}.json"
         if unit not in records:
-            yield Finding(path, problem=f"missing; run `{_command(root)}` again: its unit is redone")
+            yield Finding(path, problem=f"missing; run {command(root)} again: its unit is redone")
         elif digest(asdict(records[unit])) != expected:
-            problem = f"not the one that the manifest was written from; delete it and run `{_command(root)}` again"
+            problem = f"not the one that the manifest was written from; delete it and run {command(root)} again"
             yield Finding(path, problem=problem)
 
 
@@ -173,7 +220,7 @@ def _verify_agreement(
     if entries is None or INDEX not in copies or REJECTED_FILE not in copies:
         return
     for problem in disagreements(copies[INDEX], copies[REJECTED_FILE], entries, manifest):
-        yield Finding(root / INDEX, problem=f"{problem}; run `{_command(root)}` again: it is rewritten from its parts")
+        yield Finding(root / INDEX, problem=f"{problem}; run {command(root)} again: it is rewritten")
 
 
 class _Units:
@@ -200,9 +247,9 @@ def _verify_shards(
             records = from_index(index, manifest)
     except DataError:
         records = None  # the index has a finding already, or is not this set's
+    if records is not None and wrong_numbers(records, manifest):
+        records = None  # which is a finding already
     numbers = len(manifest.shards)
-    if records is not None and len(records) and int(records["shard"].max()) >= numbers:
-        records = None
     bounds = by_shard(records, numbers) if records is not None else [(0, 0)] * numbers
     for shard, (start, end) in zip(manifest.shards, bounds, strict=True):
         held = None if records is None else records[start:end]

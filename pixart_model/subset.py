@@ -18,6 +18,7 @@ from pixart_data.entries import key_hashes
 from pixart_data.errors import ConfigError, DataError
 from pixart_data.queries import Query, parse
 from pixart_data.shards import FeatureSet
+from pixart_data.storage import require_there
 from pixart_model.draws import Words
 
 _KEY = "key"
@@ -34,7 +35,8 @@ def chosen(images: FeatureSet, where: str, scores: Path | None = None) -> npt.ND
         scores: A Parquet table of further columns, by key. A row without one has no value there.
 
     Raises:
-        ConfigError: If the query is not one, or names a column that is in neither table, or in both.
+        ConfigError: If there are no scores at their path, the query is not one, or names a column that is in neither
+            table, or in both.
         DataError: If a table cannot be read, or a key has two scores.
     """
     query = parse(where)
@@ -46,7 +48,8 @@ def chosen(images: FeatureSet, where: str, scores: Path | None = None) -> npt.ND
         )
     table = _Scores(scores, query, index.schema_arrow.names, images) if scores is not None else None
     further = [] if table is None else table.names
-    query.require([*index.schema_arrow.names, *further])
+    advice = "" if table else "a table with other columns, by key, can be named as data.scores"
+    query.require([*index.schema_arrow.names, *further], lambda _: advice)
     columns = [name for name in index.schema_arrow.names if name in query.columns]
     mask = np.zeros(index.metadata.num_rows, np.bool_)
     for first, rows in _batches(index, columns or [_KEY]):
@@ -64,6 +67,7 @@ class _Scores:
     """
 
     def __init__(self, path: Path, query: Query, taken: list[str], images: FeatureSet) -> None:
+        require_there(path, "data.scores")
         file = _open(path)
         names = file.schema_arrow.names
         if _KEY not in names:

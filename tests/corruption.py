@@ -1,13 +1,16 @@
 """A campaign of corruptions: a small dataset damaged in a thousand ways, one at a time.
 
-Each must be found by `pixart verify`; what is then read from the dataset must be what was written, or an error. Kinds:
+Each must be found by `pixart verify`; what is then read from the dataset must be what was written, or an error, and so
+must what other commands make of it (tests/commands.py), of which a part of the corruptions is tried. Kinds:
 a flipped bit anywhere, a file cut short, swapped members and shards, a missing file, index or entries of another time,
 the manifest of another time or set. Run all of it with `python -m tests.corruption`.
 """
 
 import argparse
+import contextlib
 import json
 import random
+import shutil
 import sys
 import tarfile
 import tempfile
@@ -39,11 +42,13 @@ from pixart_data.shards import (
 from pixart_data.verification import verify
 from pixart_model.config import Data
 from pixart_model.dataset import open_dataset
+from tests.commands import Commands
 
 WIDTH = 8
 SIDES_PX = {"0.22": (16, 72), "0.50": (24, 48), "2.00": (48, 24)}  # tensors of one size in bytes
 TABLE = ("0.50", "2.00")
 UNITS = ("a", "b")
+COMMANDS_EVERY = 3
 SAMPLES_PER_UNIT = 6
 MODEL = {"id": "vae", "revision": "abc", "scaling_factor": 0.18215, "channels": 4, "downsampling": 8}
 T5 = {"id": "t5", "revision": "abc", "width": WIDTH, "dtype": "float32"}
@@ -182,6 +187,7 @@ class Campaign:
             "other table": build(folder / "table", table=("0.22", *TABLE)),
         }
         self.contents = {path: path.read_bytes() for path in sorted(self.root.rglob("*")) if path.is_file()}
+        self.commands = Commands(self.root, shutil.copytree(self.root, folder / "whole"), folder)
         self.plans = folder / "plans"
         self.samples = read_all(self.root, self.plans)
 
@@ -195,11 +201,21 @@ class Campaign:
                 return made
 
     def undetected(self, made: Corruption) -> list[str]:
-        """Apply a corruption, and take it back; return what is wrong with what verifying and reading say of it."""
+        """Return what is wrong with what verifying and reading say of a corruption."""
+        with self._applied(made):
+            return [*self._verified(), *self._read(made.files)]
+
+    def misused(self, made: Corruption) -> list[str]:
+        """Return what is wrong with what other commands do with a corruption."""
+        with self._applied(made):
+            return list(self.commands.complaints(next(iter(made.files))))
+
+    @contextlib.contextmanager
+    def _applied(self, made: Corruption) -> Iterator[None]:
         try:
             for path, content in made.files.items():
                 path.unlink() if content is None else path.write_bytes(content)
-            return [*self._verified(), *self._read(made.files)]
+            yield
         finally:
             for path in made.files:
                 path.write_bytes(self.contents[path])
@@ -328,14 +344,20 @@ _EDITS: tuple[Callable[[Manifest, random.Random], Manifest], ...] = (
 )  # fmt: skip
 
 
-def run(campaign: Campaign, seeds: Sequence[int]) -> tuple[Counter[str], list[str]]:
-    """Try the corruptions of some seeds; return how many there were of each kind, and what went undetected."""
+def run(campaign: Campaign, seeds: Sequence[int], commands_every: int = 0) -> tuple[Counter[str], list[str]]:
+    """Try the corruptions of some seeds; return how many there were of each kind, and what went undetected.
+
+    Args:
+        commands_every: Of so many corruptions, one is tried with all commands; 0: none.
+    """
     kinds: Counter[str] = Counter()
     failures = []
     for seed in seeds:
         made = campaign.corruption(seed)
         kinds[made.kind] += 1
-        failures += [f"seed {seed}, {made.kind}, {made.what}: {problem}" for problem in campaign.undetected(made)]
+        problems = campaign.undetected(made)
+        problems += campaign.misused(made) if commands_every and seed % commands_every == 0 else []
+        failures += [f"seed {seed}, {made.kind}, {made.what}: {problem}" for problem in problems]
     return kinds, failures
 
 
@@ -350,7 +372,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
         campaign = Campaign(Path(folder))
         failures = [f"undamaged: {finding}" for finding in verify(campaign.root) if finding.problem]
-        kinds, undetected = run(campaign, range(args.first_seed, args.first_seed + args.count))
+        kinds, undetected = run(campaign, range(args.first_seed, args.first_seed + args.count), COMMANDS_EVERY)
         failures += undetected
     for failure in failures:
         sys.stdout.write(f"{failure}\n")

@@ -2,14 +2,17 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
 
+from pixart_data.entries import IMAGE_ENTRY, checks
 from pixart_data.errors import DataError
 from pixart_data.verification import verify
 from tests import corruption
-from tests.corruption import Campaign, build, read_all
+from tests.corruption import Campaign, Corruption, build, read_all
 
 COUNT = 120
+COMMANDS_EVERY = 4
 KINDS = {
     "flipped bit", "cut short", "swapped members", "swapped shards", "missing file", "stale index", "wrong manifest",
 }  # fmt: skip
@@ -22,7 +25,7 @@ def campaign(tmp_path_factory):
 
 def test_no_corruption_goes_undetected_and_none_gives_a_wrong_tensor(campaign):
     assert not [finding for finding in verify(campaign.root) if finding.problem]
-    kinds, failures = corruption.run(campaign, range(COUNT))
+    kinds, failures = corruption.run(campaign, range(COUNT), COMMANDS_EVERY)
     assert failures == []
     assert kinds.total() == COUNT
     assert kinds.keys() == KINDS
@@ -72,6 +75,49 @@ def test_the_campaign_notices_a_reader_that_does_not_check(campaign, monkeypatch
     assert "reading gave other values" in first_failure(campaign)
 
 
+@pytest.mark.parametrize(
+    ("broken", "expected"),
+    [
+        ("editions.Original._require_whole", "halved: other samples than before"),
+        ("editions.Original._require_same", "halved: other samples than before"),
+        ("pairs.file_sha256", "exported: "),
+        ("surveys.wrong_numbers", "looked_at: IndexError"),
+    ],
+)
+def test_the_campaign_notices_commands_that_do_not_look(campaign, monkeypatch, broken, expected):
+    monkeypatch.setattr(f"pixart_data.{broken}", Lax())
+    made = {
+        "editions.Original._require_whole": stale(campaign, "256px/entries.bin", "older"),
+        "editions.Original._require_same": stale(campaign, "256px/index.parquet", "other sizes"),
+        "pairs.file_sha256": stale(campaign, "256px/index.parquet", "other sizes"),
+        "surveys.wrong_numbers": stale(campaign, "256px/entries.bin", "other table", every_bucket=9),
+    }[broken]
+    assert any(problem.startswith(expected) for problem in campaign.misused(made)), campaign.misused(made)
+    monkeypatch.undo()
+    assert campaign.misused(made) == []
+
+
+def stale(campaign, name, other, every_bucket=None):
+    path = campaign.root / name
+    data = (campaign.others[other] / name).read_bytes()
+    if every_bucket is not None:
+        records = np.frombuffer(data, IMAGE_ENTRY).copy()
+        records["bucket"] = every_bucket
+        records["check"] = checks(records)
+        data = records.tobytes()
+    return Corruption("", "", {path: data})
+
+
+class Lax:
+    """Finds nothing wrong, and any checksum right."""
+
+    def __call__(self, *_):
+        return Same()
+
+    def __get__(self, *_):
+        return self
+
+
 class Same:
     """Equal to every checksum."""
 
@@ -79,6 +125,12 @@ class Same:
         return True
 
     def __ne__(self, other):
+        return False
+
+    def __iter__(self):
+        return iter(())
+
+    def __bool__(self):
         return False
 
     __hash__ = None

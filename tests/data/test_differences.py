@@ -1,9 +1,11 @@
 import os
+import shutil
 
 import pytest
 
 from pixart_data.differences import compare
-from pixart_data.errors import DataError
+from pixart_data.editions import require_finished, unfinished_sets
+from pixart_data.errors import ConfigError, DataError
 from tests.sealing import write_images, write_texts
 
 IMAGES = {"u": [("a", "1.00"), ("b", "0.50"), ("c", "1.00")]}
@@ -95,11 +97,41 @@ def test_other_models_codecs_and_sets_are_told(roots):
     assert told[-1] == "2 sample(s) with other features: a, b"
 
 
+def test_a_set_that_is_not_finished_is_a_difference_and_not_passed_over(roots):
+    shutil.copytree(roots[0], roots[1])
+    (roots[1] / "text/manifest.json").unlink()
+    (roots[1] / "text/job.toml").write_text("# pixart extract\n")
+    assert lines(roots) == {"256px": [], "text": ["not finished: RIGHT/text; run `pixart extract` to its end"]}
+    shutil.rmtree(roots[0] / "text")
+    assert lines(roots)["text"] == ["not finished: RIGHT/text; run `pixart extract` to its end"]
+    shutil.rmtree(roots[1] / "256px")
+    with pytest.raises(DataError, match="right/text: not finished: expected a manifest.json, found none; run `pixart"):
+        lines(roots)
+
+
+def test_only_what_was_begun_and_holds_features_is_unfinished(roots):
+    assert unfinished_sets(roots[0]) == []
+    (roots[0] / "report/commits").mkdir(parents=True)
+    (roots[0] / "report/stats.json").write_text("{}")
+    (roots[0] / "photos").mkdir()
+    require_finished(roots[0])
+    for name in ("index.parquet", "entries.bin", "commits", "unfinished.json"):
+        root = roots[1] / name / "begun"
+        root.mkdir(parents=True)
+        (root / name).mkdir() if name == "commits" else (root / name).write_bytes(b"")
+        assert unfinished_sets(roots[1] / name) == unfinished_sets(root) == [root]
+
+
 def test_feature_sets_are_compared_whatever_their_names(roots):
     write_texts(roots[1] / "short", TEXTS)
     [found] = compare(roots[0] / "text", roots[1] / "short", 3)
     assert (found.num_common, found.num_same, found.differences) == (2, 2, [])
     [found] = compare(roots[0] / "text", roots[0] / "256px", 3)
-    assert "kind is 'text'" in "\n".join(map(str, found.differences))
-    with pytest.raises(DataError, match="right: expected a dataset, found no finished feature set; check the path"):
-        list(compare(roots[0], roots[1].parent / "nowhere/right", 3))
+    [difference] = found.differences  # and not every field of their manifests
+    one_kind = f"{roots[0]}/text, image in {roots[0]}/256px; name two sets of one kind"
+    assert str(difference) == f"kind is text in {one_kind}"
+    (roots[1].parent / "empty").mkdir()
+    with pytest.raises(DataError, match="empty: expected a dataset, found no finished feature set; check the path"):
+        list(compare(roots[0], roots[1].parent / "empty", 3))
+    with pytest.raises(ConfigError, match="nowhere: no such file or folder; check the path"):
+        list(compare(roots[0], roots[1].parent / "nowhere", 3))

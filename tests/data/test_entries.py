@@ -75,7 +75,7 @@ def test_any_flipped_bit_of_any_record_is_noticed(kind, tmp_path):
     wrong = (found["check"] != checks(found)).reshape(num_bits, len(whole))
     assert (wrong.sum(axis=1) == 1).all()
     require_whole(whole, tmp_path)
-    with pytest.raises(DataError, match="entries.bin: damaged: a record does not fit its check; run `pixart extract`"):
+    with pytest.raises(DataError, match="entries.bin: damaged: a record does not fit its check; run the command that"):
         require_whole(found[: len(whole)], tmp_path / "entries.bin")
 
 
@@ -104,10 +104,10 @@ def test_a_file_is_mapped_and_not_read(tmp_path):
 
 def test_a_file_that_cannot_be_used_is_a_data_error(tmp_path):
     path = tmp_path / "entries.bin"
-    with pytest.raises(DataError, match="entries.bin: missing; run `pixart extract` again: the index is rewritten"):
+    with pytest.raises(DataError, match="entries.bin: missing; run the command that wrote it again: the index"):
         map_entries(path, "text")
     path.write_bytes(bytes(41))
-    with pytest.raises(DataError, match="expected records of 40 bytes, found 41 bytes; run `pixart extract` again"):
+    with pytest.raises(DataError, match="expected records of 40 bytes, found 41 bytes; run the command that wrote it"):
         map_entries(path, "text")
     path.write_bytes(b"")
     assert len(map_entries(path, "image")) == 0
@@ -122,3 +122,10 @@ def test_keys_are_read_from_the_row_groups_that_hold_them(tmp_path):
             )
     for rows in ([9, 0, 3, 9, 4], [2], [], np.arange(10)):
         assert read_keys(tmp_path / "index.parquet", rows) == [keys[row] for row in rows]
+    data = (tmp_path / "index.parquet").read_bytes()
+    (tmp_path / "index.parquet").write_bytes(data[:-20])
+    with pytest.raises(DataError, match=r"index\.parquet: cannot be read \(.*\); run `pixart verify"):
+        read_keys(tmp_path / "index.parquet", [0])
+    (tmp_path / "index.parquet").unlink()
+    with pytest.raises(DataError, match=r"index\.parquet: missing; run `pixart verify"):
+        read_keys(tmp_path / "index.parquet", [0])

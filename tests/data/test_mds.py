@@ -1,10 +1,14 @@
 """MDS against files that MosaicML Streaming 0.13 wrote (tests/data/mosaics, by tests/parity/streaming.py)."""
 
+import bz2
+import gzip
 import json
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from pixart_data import mds
@@ -129,6 +133,18 @@ def test_pickles_are_never_decoded():
         (lambda index: index["shards"][0].update(version=1), "expected an index of MDS shards of version 2"),
         (lambda index: index["shards"][0].update(format="json"), "expected an index of MDS shards of version 2"),
         (lambda index: index.pop("shards"), "expected an index of MDS shards of version 2"),
+        (lambda index: index["shards"][0]["column_sizes"].__setitem__(0, "x"), "expected an index of MDS shards"),
+        (lambda index: index["shards"][0]["column_sizes"].__setitem__(0, -8), "columns of negative size"),
+        (lambda index: index["shards"][0]["column_sizes"].__setitem__(0, float("inf")), "expected an index of MDS"),
+        (lambda index: index["shards"][0]["column_sizes"].pop(), "sizes of different numbers of columns"),
+        (lambda index: index["shards"][0].update(samples=1 << 60), f"{1 << 60} samples in "),
+        (lambda index: index["shards"][0]["raw_data"].update(bytes=1 << 60), f"2 samples in {1 << 60} bytes"),
+        (
+            lambda index: index["shards"][0]["raw_data"].update(basename="../x.mds"),
+            "inside the folder, found '../x.mds'",
+        ),
+        (lambda index: index["shards"][0]["raw_data"].update(basename="/x.mds"), "inside the folder, found '/x.mds'"),
+        (lambda index: index["shards"][0].update(zip_data={"basename": "a/../../x"}), "found 'a/../../x'"),
     ],
 )
 def test_an_index_of_another_kind_is_refused(copied, change, message):
@@ -152,3 +168,36 @@ def test_shards_in_folders_of_their_own_are_found(copied):
         shard["raw_data"]["basename"] = f"plain/{shard['raw_data']['basename']}"
     (copied / "index.json").write_text(json.dumps(index))
     assert [len(list(mds.read_samples(shard, ["key"]))) for shard in mds.read_index(copied)] == [2, 2]
+
+
+PACKERS = {
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "zstd:3": lambda data: pa.Codec("zstd").compress(data, asbytes=True),
+    "br": lambda data: pa.Codec("brotli").compress(data, asbytes=True),
+    "snappy": lambda data: pa.Codec("snappy").compress(data, asbytes=True),
+}
+
+
+@pytest.mark.parametrize("algorithm", PACKERS)
+def test_a_packed_shard_is_inflated_to_the_size_in_the_index_and_no_further(copied, algorithm):
+    root = copied / "plain"
+    path = root / "shard.00000.mds"
+    data = path.read_bytes()
+    path.unlink()
+    index = json.loads((root / "index.json").read_text())
+    index["shards"][0] |= {"compression": algorithm, "zip_data": {"basename": "packed"}}
+    (root / "index.json").write_text(json.dumps(index))
+    packed, pack = root / "packed", PACKERS[algorithm]
+    packed.write_bytes(pack(data))
+    assert len(list(mds.read_samples(mds.read_index(root)[0], ["key"]))) == 2
+    packed.write_bytes(pack(data + bytes(1 << 26)))
+    tracemalloc.start()
+    before = pa.total_allocated_bytes()
+    with pytest.raises(Unusable, match="shard.00000.mds: ") as told:
+        list(mds.read_samples(mds.read_index(root)[0], ["key"]))
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert told.value.reason == "damaged_file"
+    assert peak_bytes < 16 << 20
+    assert pa.total_allocated_bytes() == before

@@ -6,6 +6,7 @@ import json
 import re
 import tarfile
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -521,3 +522,14 @@ def test_the_page_tells_what_the_survey_found(page):
 def test_without_a_vae_the_page_says_why(page):
     text = overview_page(page(pictures={}, no_pictures="vae: no such folder; --set vae=FOLDER"))
     assert "No pictures: vae: no such folder; --set vae=FOLDER" in "".join(Reader(text).text)
+
+
+def test_nothing_in_a_manifest_becomes_markup(opened):
+    found = survey(opened["256px"], 1)
+    evil = "<script>alert(1)</script>"
+    manifest = replace(found.manifest, kind=evil, model={**found.manifest.model, "id": evil}, policy={evil: evil})
+    assert evil not in overview_page(Overview("here", [replace(found, manifest=manifest)]))
+    buckets = [{**bucket, "ratio": evil} for bucket in found.manifest.buckets]
+    text = overview_page(Overview("here", [replace(found, manifest=replace(found.manifest, buckets=buckets))]))
+    assert evil not in text
+    assert text.count("&lt;script&gt;alert(1)&lt;/script&gt; &nbsp;") == 2

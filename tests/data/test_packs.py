@@ -1,12 +1,17 @@
+import hashlib
+from dataclasses import replace
+
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pixart_data.editions import Original, find
+from pixart_data.editions import Excerpt, Original, find
 from pixart_data.entries import IMAGE_ENTRY, key_hash
 from pixart_data.errors import DataError
 from pixart_data.packs import GENERATIONS, cut, make_groups, plan_generation, read_generations, read_members
+from pixart_data.shards import manifest_bytes
 from tests.sealing import write_images, write_texts
 
 NOTHING = np.empty(0, np.uint64)
@@ -81,8 +86,60 @@ def test_a_damaged_record_is_told_of(tmp_path):
     data = bytearray((tmp_path / "entries.bin").read_bytes())
     data[IMAGE_ENTRY.itemsize + 3] ^= 4
     (tmp_path / "entries.bin").write_bytes(data)
-    with pytest.raises(DataError, match=r"entries\.bin: damaged; `pixart verify"):
+    with pytest.raises(DataError, match=r"entries\.bin: damaged, or not the one .*; `pixart verify"):
         Original(tmp_path)
+
+
+def test_entries_of_another_time_are_told_of_though_each_record_is_whole(tmp_path):
+    """Sealed into another edition, they would be consistent again, and wrong."""
+    for name, key in (("one", "a"), ("two", "b")):
+        write_images(tmp_path / name, {"u": [(key, "1.00")]})
+    (tmp_path / "one/entries.bin").write_bytes((tmp_path / "two/entries.bin").read_bytes())
+    with pytest.raises(DataError, match=r"one/entries\.bin: damaged, or not the one that manifest\.json names"):
+        Original(tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (lambda m: {"shards": m.shards[:-1]}, r"entries\.bin has shard 1, the manifest 1 of them"),
+        (lambda m: {"buckets": m.buckets[:1]}, r"entries\.bin has bucket 1, the manifest 1 of them"),
+        (lambda m: {"counts": {**m.counts, "rows_out": 3}}, "holds 2 samples, manifest.json counts 3"),
+    ],
+)
+def test_a_manifest_of_fewer_shards_or_buckets_is_told_of(tmp_path, changes, expected):
+    manifest = write_images(tmp_path, {"u": [("a", "0.50"), ("b", "1.00")]})
+    (tmp_path / "manifest.json").write_bytes(manifest_bytes(replace(manifest, **changes(manifest))))
+    with pytest.raises(DataError, match=f"{expected}; `pixart verify {tmp_path}` says what to do"):
+        Original(tmp_path)
+
+
+def test_an_edition_is_made_of_no_set_whose_tables_name_different_shards(tmp_path):
+    manifest = write_images(tmp_path, {"u": [("a", "1.00")], "v": [("b", "1.00")]})
+    (tmp_path / "manifest.json").write_bytes(manifest_bytes(replace(manifest, shards=manifest.shards[::-1])))
+    original = Original(tmp_path)
+    excerpt = Excerpt(original, np.ones(2, bool), *(original.column(n) for n in ("shard", "offset", "flipped_offset")))
+    with pytest.raises(DataError, match=r"index\.parquet and entries\.bin name different shards, going by manifest"):
+        list(excerpt.index(pa.array([shard["path"] for shard in manifest.shards])))
+
+
+@pytest.mark.parametrize("name", ["index.parquet", "rejected.parquet"])
+@pytest.mark.parametrize("damage", ["missing", "cut short", "no table"])
+def test_a_table_that_cannot_be_read_is_told_of(tmp_path, name, damage):
+    manifest = write_images(tmp_path, {"u": [("a", "1.00")]})
+    path = tmp_path / name
+    content = {"missing": b"", "cut short": path.read_bytes()[:-9], "no table": b"PAR1"}[damage]
+    path.unlink() if damage == "missing" else path.write_bytes(content)
+    expected = "missing; run `pixart verify" if damage == "missing" else "damaged, or is not the one"
+    if damage == "no table":  # and sealed
+        field = {"index.parquet": "index_sha256", "rejected.parquet": "rejected_sha256"}[name]
+        sealed = replace(manifest, **{field: hashlib.sha256(content).hexdigest()})
+        (tmp_path / "manifest.json").write_bytes(manifest_bytes(sealed))
+        expected = "cannot be read"
+    original = Original(tmp_path)
+    for columns in (None, ["key"]):
+        with pytest.raises(DataError, match=f"{name}: {expected}"):
+            list(original.tables(columns) if name == "index.parquet" else original.rejected())
 
 
 def test_an_index_that_is_not_the_manifest_s_is_told_of(tmp_path):

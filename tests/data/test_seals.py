@@ -241,11 +241,11 @@ def test_the_manifest_knows_the_records_it_was_sealed_from(tmp_path):
     path.write_text(path.read_text().replace('"facts": {}', '"facts": {"width": 5}'))
     problems = {finding.path: finding.problem for finding in verify(tmp_path)}
     assert problems[path].startswith(
-        "not the one that the manifest was written from; delete it and run `pixart extract`"
+        "not the one that the manifest was written from; delete it and run the command that wrote it"
     )
     path.unlink()
     problems = {finding.path: finding.problem for finding in verify(tmp_path)}
-    assert problems[path].startswith("missing; run `pixart extract` again")
+    assert problems[path].startswith("missing; run the command that wrote it again")
     assert not problems[tmp_path / "manifest.json"]
 
 

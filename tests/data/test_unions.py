@@ -6,6 +6,7 @@ import pytest
 
 from pixart_data.editions import Original
 from pixart_data.errors import ConfigError, DataError
+from pixart_data.partitions import by_share, write
 from pixart_data.unions import merge, open_all
 from pixart_data.verification import verify
 from tests.sealing import contents, write_images, write_texts
@@ -173,6 +174,9 @@ def test_a_folder_with_something_else_and_a_lost_shard_are_refused(tmp_path):
     shutil.rmtree(two / "256px/commits")
     with pytest.raises(ConfigError, match="found a feature set that another command made"):
         do([one], two)
+    (two / "256px/manifest.json").unlink()
+    with pytest.raises(ConfigError, match=r"256px: expected a new folder, .* found shards without manifest\.json"):
+        do([one], two)
     [shard] = (one / "256px/1.00").iterdir()
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(
@@ -181,13 +185,104 @@ def test_a_folder_with_something_else_and_a_lost_shard_are_refused(tmp_path):
         do([one], tmp_path / "joint")
 
 
+def test_a_part_of_a_union_is_not_taken_for_a_union(tmp_path):
+    """Provenance is inherited: it says that the samples were merged once, not what the set is."""
+    one, two = (dataset(tmp_path, name) for name in ("one", "two"))
+    do([one], tmp_path / "joint")
+    list(write(by_share(tmp_path / "joint", {"all": 1.0}), tmp_path / "parts"))
+    before = contents(tmp_path / "parts/all/256px")
+    with pytest.raises(
+        ConfigError, match="256px: expected a new folder, .* found a feature set that `pixart split` made"
+    ):
+        do([two], tmp_path / "parts/all")
+    assert contents(tmp_path / "parts/all/256px") == before
+    with pytest.raises(ConfigError, match="found a feature set that `pixart merge` made"):
+        list(write(by_share(two, {"joint": 1.0}), tmp_path))
+
+
+@pytest.mark.parametrize("failing", ["shard", "tables", "calibration"])
+def test_a_union_that_fails_leaves_the_one_before_as_it_was(tmp_path, monkeypatch, failing):
+    more = {"calibration": CALIBRATION}
+    roots = [dataset(tmp_path, name, **more) for name in "abc"]
+    do(roots[:2], tmp_path / "joint")
+    before = {name: contents(tmp_path / "joint" / name) for name in ("256px", "text")}
+    with monkeypatch.context() as patch:
+        if failing == "shard":  # of the set that comes last
+            shards = [path for path in (roots[2] / "text/shards").iterdir() if not path.name.startswith("null")]
+            shards[0].unlink()
+        else:
+            name = {"tables": "write_edition", "calibration": "copy_calibration"}[failing]
+            patch.setattr(f"pixart_data.links.{name}", broken)
+        with pytest.raises(DataError, match="expected a shard of" if failing == "shard" else "is damaged"):
+            do([roots[0], roots[2]], tmp_path / "joint")
+    assert {name: contents(tmp_path / "joint" / name) for name in before} == before
+    assert not [finding for finding in verify(tmp_path / "joint") if finding.problem]
+    do([roots[1]], tmp_path / "joint")
+    assert contents(tmp_path / "joint/text") == contents(roots[1] / "text")
+    assert not list((tmp_path / "joint").rglob("unfinished.json"))
+    assert len(list((tmp_path / "joint/256px/1.00").iterdir())) == 1
+
+
+def broken(*_):
+    raise DataError("a table is damaged")
+
+
+@pytest.mark.parametrize("is_linked", [True, False])
+def test_a_damaged_copy_is_made_again_and_a_whole_one_is_not(tmp_path, monkeypatch, is_linked):
+    def link(source, target):
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    roots = [dataset(tmp_path, name) for name in "ab"]
+    monkeypatch.setattr("pixart_data.links.os", type("Os", (), {"link": staticmethod(link)}))
+    do(roots, tmp_path / "joint")
+    damaged, whole = sorted((tmp_path / "joint/256px/1.00").iterdir())
+    data, before = bytearray(damaged.read_bytes()), whole.stat().st_ino
+    data[-2000] ^= 1
+    damaged.write_bytes(data)
+    assert [finding for finding in verify(tmp_path / "joint") if finding.problem]
+    if is_linked:
+        monkeypatch.undo()
+    do(roots, tmp_path / "joint")
+    assert not [finding for finding in verify(tmp_path / "joint") if finding.problem]
+    assert damaged.stat().st_nlink == (2 if is_linked else 1)
+    assert whole.stat().st_ino == before
+
+
+def test_no_set_is_written_over_one_that_is_read(tmp_path):
+    one, two = (dataset(tmp_path, name) for name in ("one", "two"))
+    before = files(one)
+    with pytest.raises(
+        ConfigError, match=r"output: .*one/256px: expected a folder of its own, found the dataset .*one"
+    ):
+        do([one / "256px", two / "256px"], one)
+    (tmp_path / "alias").symlink_to(one)
+    with pytest.raises(ConfigError, match=r"alias/256px: expected a folder of its own, found the dataset .*one/256px"):
+        do([two, one], tmp_path / "alias")
+    with pytest.raises(ConfigError, match="expected a folder of its own"):
+        do([two, one], tmp_path / "two/../one")
+    with pytest.raises(ConfigError, match="one/256px: expected a folder of its own"):
+        list(write(by_share(one, {"two": 0.5, "one": 0.5}), tmp_path))
+    assert files(one) == before
+
+
+def files(root):
+    return {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
 def test_object_stores_are_merged_and_split(tmp_path, bucket):
-    from pixart_data.partitions import by_share, write
-    from pixart_data.storage import location
+    from pixart_data.storage import location, read_bytes
 
     roots = [dataset(tmp_path, name) for name in "ab"]
     do(roots, tmp_path / "here")
     do(roots, location(f"{bucket}/joint"))  # uploaded
+    [shard, _] = location(f"{bucket}/joint/256px/1.00").iterdir()
+    data = read_bytes(shard)
+    shard.write_bytes(bytes(len(data)))
+    do(roots, location(f"{bucket}/joint"))
+    assert read_bytes(shard) == data
+    for url in (f"{bucket}//joint/", f"{bucket}/x/../joint"):
+        with pytest.raises(ConfigError, match="joint/256px: expected a folder of its own, found the dataset"):
+            do([location(f"{bucket}/joint")], location(url))
     list(write(by_share(location(f"{bucket}/joint"), {"all": 1.0}), location(f"{bucket}/parts")))  # copied in the store
     list(write(by_share(location(f"{bucket}/parts/all"), {"all": 1.0}), tmp_path / "back"))  # downloaded
     for name in ("256px", "text"):

@@ -10,13 +10,14 @@ import pytest
 from pixart_data import damage, verification
 from pixart_data.captions import seal_captions
 from pixart_data.commits import PublishedFile, Record, file_sha256, publish, read_records, write_record
+from pixart_data.editions import Original
 from pixart_data.entries import checks, entry_type
 from pixart_data.errors import DataError
 from pixart_data.records import IMAGE_INDEX, TEXT_INDEX
 from pixart_data.seals import seal
 from pixart_data.shards import MOMENTS, Manifest, ShardWriter, manifest_bytes, read_manifest
 from pixart_data.storage import location, staging_path
-from pixart_data.verification import verify
+from pixart_data.verification import planned, verify
 from tests.corruption import build
 
 SHAPES = {"1.00": (2, 4, 4, 4), "0.50": (2, 4, 3, 6)}
@@ -107,6 +108,27 @@ def test_a_single_set_can_be_verified(dataset):
     assert {finding.path for finding in verify(dataset / "text")} == files_of(dataset / "text")
 
 
+def test_outputs_further_down_are_verified_too(dataset):
+    """Captions beside a dataset: reading these alone would pass a folder with damaged features."""
+    top = dataset / "top"
+    shutil.copytree(dataset / "256px", top / "a/features/256px")
+    shutil.copytree(dataset / "text", top / "captions")
+    assert {finding.path for finding in verify(top)} == files_of(top)
+    assert {path: size for path, size in planned(top)} == {path: path.stat().st_size for path in files_of(top)}
+    assert len(list(planned(top))) == len(files_of(top))
+    [path, *_] = (top / "a/features/256px").glob("*.*/*.tar")
+    flip(path, 700)
+    assert [finding.path for finding in problems(top)] == [path]
+
+
+def test_outputs_in_a_bucket_are_found_at_every_depth(dataset, bucket):
+    root = location(bucket) / "top"
+    for path in (path for path in (dataset / "text").rglob("*") if path.is_file()):
+        (root / "project/features" / path.relative_to(dataset).as_posix()).write_bytes(path.read_bytes())
+    assert len(list(verify(root))) == len(files_of(dataset / "text"))
+    assert not problems(root)
+
+
 def test_a_flipped_bit_anywhere_in_a_shard_names_its_sample(dataset, images):
     [*rows, last] = [row for row in images if row["bucket"] == "1.00"]
     path = dataset / "256px" / last["shard"]
@@ -166,7 +188,7 @@ def test_a_damaged_index_is_found_and_the_other_set_is_still_read(dataset, damag
     flip(path, 30) if damage == "flip" else path.unlink()
     [finding] = problems(dataset)
     assert finding.path == path
-    assert "run `pixart extract` again" in finding.problem
+    assert "run the command that wrote it again" in finding.problem
     read = {finding.path for finding in verify(dataset) if not finding.problem}
     assert {path for path in (dataset / "text").rglob("*.tar")} <= read
 
@@ -418,7 +440,38 @@ def test_entries_that_say_something_else_than_the_index_are_found(rich, change, 
     for fast in (False, True):
         [finding] = [finding for finding in problems(root, fast=fast) if finding.path.name == "index.parquet"]
         assert re.match(expected, finding.problem), finding.problem
-        assert finding.problem.endswith("run `pixart extract` again: it is rewritten from its parts")
+        assert finding.problem.endswith("run the command that wrote it again: it is rewritten")
+
+
+@pytest.mark.parametrize("field", ["shard", "bucket", "row"])
+def test_numbers_of_nothing_are_findings_and_no_crash(rich, field):
+    def change(entries):
+        entries[field][-1] = 99
+        return entries
+
+    entries_with(rich / "256px", change)
+    [path] = (rich / "256px/2.00").glob("b-*.tar")
+    flip(path, 700)  # a damaged sample has a name to be looked up
+    for fast in (False, True):
+        said = "; ".join(finding.problem for finding in problems(rich, fast=fast))
+        assert f"entries.bin has {field} 99" in said
+        assert fast or "damaged; its samples cannot be named" in said
+
+
+def test_the_command_that_wrote_a_set_is_the_one_to_run_again(rich):
+    root = rich / "256px"
+    (root / "entries.bin").unlink()
+    for first, expected in (
+        ("# pixart merge", "`pixart merge`"),
+        ("# pixart split\r", "`pixart split`"),
+        ("# pixart \x1b[2J", "the command that wrote it"),
+        ("", "the command that wrote it"),
+    ):
+        (root / "job.toml").write_text(f"{first}\nx = 1\n")
+        [finding] = [finding for finding in problems(root) if finding.path.name == "entries.bin"]
+        assert finding.problem == f"missing; run {expected} again: it is rewritten"
+        with pytest.raises(DataError, match=f"entries.bin: missing; run {expected} again: the index is rewritten"):
+            Original(root)
 
 
 def changed(lines, /, **values):
@@ -463,4 +516,4 @@ def test_a_set_on_an_object_store_is_verified_alike(rich, bucket):
     assert [finding.sample for finding in problems(root)] == ["b/2"]
     (root / "entries.bin").unlink()
     [finding] = problems(root, fast=True)
-    assert finding.problem == "missing; run `pixart extract` again: it is rewritten from its parts"
+    assert finding.problem == "missing; run the command that wrote it again: it is rewritten"

@@ -106,6 +106,14 @@ def test_looking_at_nothing_says_so(capsys, tmp_path, command):
     assert str(tmp_path) in err
 
 
+@pytest.mark.parametrize("words", [["trian", "job.toml"], ["submit", "trian", "job.toml"]])
+def test_a_mistyped_command_is_named_with_the_one_that_was_meant(capsys, words):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(words)
+    assert stopped.value.code == 2
+    assert "no command trian; did you mean train?" in capsys.readouterr().err
+
+
 def test_sampling_without_prompts_says_what_to_add(capsys, tmp_path):
     code, _, err = run(capsys, "sample", tmp_path)
     assert code == 2

@@ -11,6 +11,7 @@ from jobs import cli
 from pixart_data.miniatures import build_vae
 from pixart_data.shards import MOMENTS, ShardWriter, read_manifest
 from tests.corruption import build
+from tests.sealing import write_images, write_texts
 
 
 @pytest.fixture(scope="module")
@@ -152,3 +153,64 @@ def test_a_dataset_in_an_object_store_is_described_where_it_is(capsys, dataset, 
     assert out.replace(f"{bucket}/features", str(dataset)).replace("page.html", "local.html") == local
     pages = [(tmp_path / name).read_text() for name in ("page.html", "local.html")]
     assert pages[0].replace(f"{bucket}/features", str(dataset)) == pages[1]
+
+
+@pytest.mark.parametrize(
+    ("place", "content", "message"),
+    [
+        ("features/256px/index.parquet", None, "html: expected a file outside the dataset"),
+        ("features/page.html", None, "html: expected a file outside the dataset"),
+        ("elsewhere/../features/new.html", None, "html: expected a file outside the dataset"),
+        ("elsewhere", None, "html: expected a file, found the folder"),
+        (
+            "elsewhere/thesis.txt",
+            b"years of work",
+            "html: expected a new file or a page to replace",
+        ),
+        ("elsewhere/empty", b"", "html: expected a new file or a page to replace"),
+    ],
+)
+def test_a_page_never_takes_the_place_of_something_else(capsys, dataset, tmp_path, place, content, message):
+    (tmp_path / "features").symlink_to(dataset)
+    (tmp_path / "elsewhere").mkdir()
+    page = tmp_path / place
+    if content is not None:
+        page.write_bytes(content)
+    before = page.read_bytes() if page.is_file() else None
+    code, out, err = run(capsys, dataset, "--html", page, "--set", "num_pictures=0")
+    assert (code, out) == (2, "")
+    assert message in err
+    assert (page.read_bytes() if page.is_file() else None) == before
+
+
+def test_a_page_takes_the_place_of_an_earlier_one(capsys, dataset, tmp_path):
+    page = tmp_path / "page.html"
+    page.write_text("<!DOCTYPE html>\nold")
+    assert run(capsys, dataset, "--html", page, "--set", "num_pictures=0")[0] == 0
+    assert "Buckets: 2 of 2 hold images" in page.read_text()
+
+
+def test_escape_sequences_in_other_people_s_words_do_not_reach_the_terminal(capsys, tmp_path):
+    evil = "a/\x1b]0;owned\x07\u202e"
+    write_images(tmp_path / "set" / "256px", {"u": [(evil, "1.00")]}, rejected=[f"{evil}bad"], model={"id": evil})
+    write_texts(tmp_path / "set" / "text", {"u": [(evil, f"caption {evil}")]})
+    for root in (tmp_path / "set", *(tmp_path / "set").rglob("*.tar"), *(tmp_path / "set").rglob("index.parquet")):
+        code, out, _ = run(capsys, root)
+        assert code == 0
+        assert all(char.isprintable() or char == "\n" for char in out)
+        assert "]0;owned" in out or "null" in root.name
+
+
+def test_a_dataset_whose_model_is_not_told_is_described_all_the_same(capsys, caplog, tmp_path):
+    root = tmp_path / "set"
+    write_images(root / "256px", {"u": [("a", "1.00")]})  # neither id nor scaling factor
+    write_texts(root / "text", {"u": [("a", "one")]})
+    code, out, _ = run(capsys, root, "--html", tmp_path / "page.html")
+    assert code == 0
+    assert out.count("model    unknown, computed in unknown precision") == 2
+    assert "scaling  unknown, not applied to what is stored" in out
+    assert "latents  of" not in out
+    assert "no pictures of" in caplog.text
+    page = (tmp_path / "page.html").read_text()
+    assert "unknown, computed in unknown precision" in page
+    assert "expected the manifest to name the model that made the latents" in page

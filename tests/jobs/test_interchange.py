@@ -397,6 +397,8 @@ def dataset(toy, tmp_path):
 
 @pytest.mark.parametrize("layout", ["reference", "mds"])
 def test_what_is_exported_comes_back_byte_for_byte(dataset, tmp_path, capsys, layout):
+    assert export(dataset, layout, tmp_path / "there", "--dry-run") == 0
+    assert f"export: would write 5 samples, as {layout} -> " in capsys.readouterr().out
     assert export(dataset, layout, tmp_path / "there") == 0
     assert f"export: 5 samples, as {layout} -> " in capsys.readouterr().out
     back = import_here(job(tmp_path / "there", tmp_path / "back", layout))

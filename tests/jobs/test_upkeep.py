@@ -1,6 +1,7 @@
 """diff, merge, split and compact as they are typed."""
 
 import os
+import shutil
 
 import pytest
 
@@ -57,6 +58,79 @@ def test_a_difference_is_exit_code_3_and_said_on_both_streams(here, capsys):
     assert "(and 2 more line(s) like it)" in told.err
 
 
+def test_parts_of_another_split_are_left_alone(here, capsys):
+    split = ["split", "data", "--out", "parts", "--share", "train=0.5", "--share", "val=0.5"]
+    assert main(split) == 0
+    before = {path: path.read_bytes() for path in (here / "parts").rglob("*.json") if ".lease" not in path.parts}
+    for words in (
+        ["split", "data", "--out", "parts", "--share", "train=0.7", "--share", "test=0.3"],
+        ["split", "data", "--out", "parts", "--share", "val=0.5", "--share", "train=0.5"],
+        ["split", "data", "--out", "parts", "--where", "few=original_width_px > 35"],
+        ["split", "data/256px", "--out", "parts", "--share", "train=0.5", "--share", "val=0.5"],
+    ):
+        for more in ([], ["--dry-run"]):
+            assert main([*words, *more]) == 2
+            [line] = capsys.readouterr().err.splitlines()
+            assert "parts: expected a new folder, or parts of this split, found" in line
+    assert main(split) == 0
+    assert {path: path.read_bytes() for path in before} == before
+    for part in ("train", "val"):  # as after a kill: not one is done
+        for name in ("256px", "text"):
+            (here / "parts" / part / name / "manifest.json").unlink()
+    assert main(["merge", "data", "--out", "parts/train"]) == 2
+    assert "256px: expected a new folder, or what `pixart merge` left there, found the results of `pixart split`" in (
+        capsys.readouterr().err
+    )
+    assert main(split) == 0
+    assert main(["verify", "parts/train"]) == 0
+
+
+def test_a_split_that_was_killed_is_not_gone_on_with_as_another(here, capsys, monkeypatch):
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pixart_data.links.write_edition", die)
+        assert main(["split", "data", "--out", "parts", "--share", "a=0.5"]) == 130
+    capsys.readouterr()
+    assert main(["split", "data", "--out", "parts", "--share", "b=0.5"]) == 2
+    assert "parts/a/256px of another: of other shares or queries" in capsys.readouterr().err
+    assert main(["split", "data", "--out", "parts", "--share", "a=0.5"]) == 0
+
+
+def test_no_part_or_union_is_written_over_what_is_read(here, capsys):
+    assert main(["split", "data", "--out", "parts", "--share", "train=0.5"]) == 0
+    capsys.readouterr()
+    before = {path: path.read_bytes() for path in here.rglob("*") if path.is_file()}
+    for words in (
+        ["split", "parts/train", "--out", "parts", "--share", "train=0.5"],
+        ["split", "parts/train/256px", "--out", "parts", "--share", "train=0.5"],
+        ["merge", "data/256px", "--out", "data"],
+        ["merge", "data", "--out", "parts/../data"],
+    ):
+        for more in ([], ["--dry-run"]):
+            assert main([*words, *more]) == 2
+            assert "expected a folder of its own, found the dataset" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in here.rglob("*") if path.is_file()} == before
+
+
+def test_a_set_that_is_not_finished_is_no_dataset_to_go_on_with(here, capsys):
+    (here / "copy").mkdir()
+    for name in ("256px", "text"):
+        shutil.copytree(here / "data" / name, here / "copy" / name)
+    (here / "copy/text/manifest.json").unlink()
+    assert main(["diff", "data", "copy", "--dry-run"]) == 0
+    assert f"diff: {here}/copy/text is not finished" in capsys.readouterr().out
+    assert main(["diff", "copy", "data"]) == 3
+    assert "text: not finished: " in capsys.readouterr().err
+    for words in (["compact", "copy"], ["merge", "data", "copy"], ["split", "copy", "--share", "a=0.5"]):
+        for more in ([], ["--dry-run"]):
+            assert main([*words, "--out", "out", *more]) == 3
+            [line] = capsys.readouterr().err.splitlines()
+            assert f"{here}/copy/text: not finished: expected a manifest.json, found none; run" in line
+    assert not (here / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -90,6 +164,26 @@ def test_a_difference_is_exit_code_3_and_said_on_both_streams(here, capsys):
         ),
         (["split", "data", "--out", "p", "--share", "a=1", "--set", "queried_set=text"], "expected it beside --where"),
         (["merge", "data", "--out", "data"], "output: expected a folder of its own, found the dataset"),
+        (
+            ["split", "data", "--out", "p", "--where", "num_tokens > 60"],
+            "--where num_tokens > 60: expected NAME=QUERY, found a query without the name of a part; write e.g. "
+            "--where 'part=num_tokens > 60'",
+        ),
+        (["split", "data", "--out", "p", "--where", "bucket == 1"], "found a query without the name of a part; write"),
+        (["split", "data", "--out", "p", "--where", "height_px>=9"], "write e.g. --where 'part=height_px>=9'"),
+        (["split", "data", "--out", "p", "--where", "row==9"], "write e.g. --where part=row==9"),
+        (
+            ["split", "data", "--out", "p", "--where", "long=num_tokens > 60"],
+            "; num_tokens is a column of text: --set queried_set=text",
+        ),
+        (["split", "none", "--out", "p", "--share", "a=1"], "none: no such file or folder; check the path"),
+        (["merge", "data", "none", "--out", "p"], "none: no such file or folder; check the path"),
+        (["compact", "none", "--out", "p"], "none: no such file or folder; check the path"),
+        (["diff", "data", "none"], "none: no such file or folder; check the path"),
+        (["diff", "none", "data", "--dry-run"], "none: no such file or folder; check the path"),
+        (["inspect", "none"], "none: no such file or folder; check the path"),
+        (["verify", "none"], "none: no such folder; check the path"),
+        (["buckets", "none"], "none: expected images or what pixart wrote, found nothing; check the path"),
         (["compact", "data", "--out", "data"], "output: expected another folder than the dataset's own"),
     ],
 )
@@ -97,3 +191,50 @@ def test_mistakes_are_exit_code_2_and_one_line(here, capsys, words, expected):
     assert main(words) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert expected in line
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["verify"],
+        ["verify", "--dry-run"],
+        ["inspect"],
+        ["diff", "data"],
+        ["merge", "--out", "p"],
+        ["split", "--out", "p", "--share", "a=1"],
+        ["compact", "--out", "p"],
+    ],
+    ids=lambda words: " ".join(words[:2]),
+)
+def test_a_store_that_cannot_be_read_is_exit_code_4_and_one_line(here, monkeypatch, capsys, words):
+    """Without credentials, with an endpoint where nobody answers, and where no host has the name."""
+    import s3fs
+
+    place = "s3://bucket/data"
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(here))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr("pixart_data.retries._ATTEMPTS", 1)
+    s3fs.S3FileSystem.clear_instance_cache()
+    assert main([words[0], place, *words[1:]]) == 4
+    assert f"{place}: cannot read: Unable to locate credentials" in _only_line(capsys)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    s3fs.S3FileSystem.clear_instance_cache()
+    assert main([words[0], place, *words[1:]]) == 4
+    assert "cannot read: Could not connect to the endpoint" in _only_line(capsys)
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect"])
+def test_a_web_address_where_nobody_answers_is_one_line(here, monkeypatch, capsys, command):
+    monkeypatch.setattr("pixart_data.retries._ATTEMPTS", 1)
+    assert main([command, "http://127.0.0.1:9/x"]) == 4
+    assert "http://127.0.0.1:9/x: cannot read: " in _only_line(capsys)
+
+
+def _only_line(capsys):
+    [line] = capsys.readouterr().err.splitlines()
+    return line

@@ -447,7 +447,7 @@ def test_a_query_may_use_scores(opened, tmp_path):
     assert facts[0]["data.scores"] == facts[1]["data.scores"] != facts[2]["data.scores"]
     with pytest.raises(ConfigError, match="no column aesthetics; did you mean aesthetic?"):
         opened(where="aesthetics > 4", **data)
-    with pytest.raises(ConfigError, match="no column aesthetic"):
+    with pytest.raises(ConfigError, match="no column aesthetic; name another; .* a table .* as data.scores"):
         opened(where="aesthetic > 4")
     with pytest.raises(DataError, match="none of 25 images matches data.where = 'aesthetic > 40'; change it"):
         opened(where="aesthetic > 40", **data)
@@ -459,7 +459,7 @@ def test_a_query_may_use_scores(opened, tmp_path):
         ({"key": ["a", "b", "a"], "score": [1.0, 2.0, 3.0]}, DataError, "one row for each key, found rows 0 and 2"),
         ({"name": ["a"], "score": [1.0]}, ConfigError, "data.scores: .*: expected a column key, found name, score"),
         ({"key": ["a"], "score": [1], "bucket": ["1"]}, ConfigError, "column bucket is in the index too; rename it"),
-        (None, DataError, "scores.parquet: missing; check the path"),
+        (None, ConfigError, "data.scores: .*scores.parquet: no such file or folder; check the path"),
         (b"PAR1 not", DataError, "scores.parquet: cannot be read as a Parquet table"),
     ],
 )
