@@ -16,10 +16,7 @@ def compact(job: Compact, dry_run: bool) -> None:
     require_finished(location(job.path))
     if dry_run:
         for run, plan in compact_pipeline.plan(job):
-            print(plan.line(run))
-            print(plan.count_line(run))
-            for line in plan.which_lines(run):
-                print(line)
+            print(*plan.lines(run), sep="\n")
         return
     before = {name: read_manifest(root) for name, root in feature_sets(location(job.path)).items()}
     for run, account in compact_pipeline.run(job):

@@ -24,10 +24,7 @@ def import_features(job: Import, dry_run: bool) -> None:
     """Make feature sets of what another tool wrote, or print what that would do."""
     if dry_run:
         for run, plan in imports.plan(job):
-            print(plan.line(run))
-            print(plan.count_line(run))
-            for line in plan.which_lines(run):
-                print(line)
+            print(*plan.lines(run), sep="\n")
         return
     for run, account in imports.run(job):
         print(f"{run.stage}: {account.line()} -> {run.root}")

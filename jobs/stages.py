@@ -49,10 +49,7 @@ def extract(job: Extract, dry_run: bool) -> None:
 def _run(pipeline: ModuleType, job: Section, dry_run: bool) -> None:
     if dry_run:
         for run, plan in pipeline.plan(job):
-            print(plan.line(run))
-            print(plan.count_line(run))
-            for line in plan.which_lines(run):
-                print(line)
+            print(*plan.lines(run), sep="\n")
         return
     for run, account in pipeline.run(job):
         print(f"{run.stage}: {account.line()} -> {run.root}")

@@ -3,12 +3,19 @@
 import re
 from typing import Literal, Self
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from pixart_data.buckets import custom_table
 from pixart_data.config import LocalPath, ModelId, Section
-from pixart_data.errors import ConfigError
-from pixart_data.sections import Captioner, Downloads, Filters, ImageFeatures, Source, TextFeatures, UrlLists
+from pixart_data.sections import (
+    Captioner,
+    Downloads,
+    Filters,
+    ImageFeatures,
+    Source,
+    TextFeatures,
+    UrlLists,
+    require_table,
+)
 
 _SET_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 
@@ -216,15 +223,7 @@ class ImportedImages(Section):
     channels: int = Field(default=4, ge=1)
     """Of the latents."""
 
-    @field_validator("buckets")
-    @classmethod
-    def _makes_a_table(cls, sizes: list[str] | None, info: ValidationInfo) -> list[str] | None:
-        if sizes is not None and "resolution_px" in info.data:
-            try:
-                custom_table(sizes, info.data["resolution_px"])
-            except ConfigError as error:
-                raise ValueError(str(error)) from None
-        return sizes
+    _makes_a_table = field_validator("buckets")(require_table)
 
     @property
     def set_name(self) -> str:

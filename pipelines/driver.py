@@ -3,7 +3,7 @@
 import difflib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -98,6 +98,12 @@ class Plan:
             if units:
                 lines.append(f"{run.stage}: {why}: {', '.join(units[:_UNITS_NAMED])}{more}")
         return lines
+
+    def lines(self, run: Run) -> Iterator[str]:
+        """Yield what a dry run says of a run."""
+        yield self.line(run)
+        yield self.count_line(run)
+        yield from self.which_lines(run)
 
     def count_line(self, run: Run) -> str:
         """Count the rows that are done and left; reads the sources, which can take a while."""

@@ -6,12 +6,11 @@ others, and the marker that lies beside it until it is done.
 
 import json
 import posixpath
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from pixart_data.advice import JOB
+from pixart_data import advice
 from pixart_data.commits import COMMITS, MANIFEST
 from pixart_data.errors import ConfigError
 from pixart_data.storage import is_remote, list_files, read_bytes
@@ -116,7 +115,7 @@ def _protocols(path: Path) -> list[str]:
 
 def _other(root: Path, command: str) -> tuple[str, dict[str, Any] | None, str | None]:
     """Say what another command left, and return manifest and writer; the latter is `command` or None then."""
-    writer, manifest = _writer(root), read_fields(root / MANIFEST)
+    writer, manifest = advice.writer(root), read_fields(root / MANIFEST)
     if writer not in (None, command):
         return f"the results of `pixart {writer}`", manifest, writer
     begun = maker(read_fields(root / MARKER) or {})
@@ -126,16 +125,6 @@ def _other(root: Path, command: str) -> tuple[str, dict[str, Any] | None, str | 
     if made_by not in (None, command):
         return f"a feature set that `pixart {made_by}` made", manifest, writer
     return "", manifest, writer
-
-
-def _writer(root: Path) -> str | None:
-    """Return the command in the first line of the job file."""
-    try:
-        first = read_bytes(root / JOB).partition(b"\n")[0].decode("utf-8", "replace")
-    except FileNotFoundError:
-        return None
-    found = re.fullmatch("# pixart ([a-z]+)", first.strip())
-    return found[1] if found else None
 
 
 def _provenance(manifest: Mapping[str, Any]) -> Mapping[str, Any]:

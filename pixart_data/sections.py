@@ -230,6 +230,16 @@ class Captioner(Section):
         return {"caption": self.prompt} | {f"caption_{name}": prompt for name, prompt in self.prompts.items()}
 
 
+def require_table(sizes: list[str] | None, info: ValidationInfo) -> list[str] | None:
+    """Check that the canvases of a section make a table at its `resolution_px`; raises ValueError, for pydantic."""
+    if sizes is not None and "resolution_px" in info.data:
+        try:
+            custom_table(sizes, info.data["resolution_px"])
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+    return sizes
+
+
 class ImageFeatures(Section):
     """VAE posteriors of images resized to cover their bucket and cut at the centre."""
 
@@ -255,15 +265,7 @@ class ImageFeatures(Section):
     set: str | None = None
     """Name of the feature set; `256px` for resolution 256."""
 
-    @field_validator("buckets")
-    @classmethod
-    def _makes_a_table(cls, sizes: list[str] | None, info: ValidationInfo) -> list[str] | None:
-        if sizes is not None and "resolution_px" in info.data:
-            try:
-                custom_table(sizes, info.data["resolution_px"])
-            except ConfigError as error:
-                raise ValueError(str(error)) from None
-        return sizes
+    _makes_a_table = field_validator("buckets")(require_table)
 
     @property
     def set_name(self) -> str:
