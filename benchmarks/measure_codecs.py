@@ -63,7 +63,7 @@ def measure_codec(codec: Codec, captions: Sequence[Tensor]) -> dict[str, Any]:
         (part.view(torch.bfloat16) if dtype == "BF16" else part).to(device)
         for part, (_, dtype) in zip(batch, codec.tensors, strict=True)
     ]
-    firsts = np.cumsum([0, *map(len, captions[: _BATCH - 1])])
+    firsts = np.cumsum([0, *map(len, captions[:_BATCH])])[:-1]
     starts = torch.from_numpy(np.repeat(firsts, [len(arrays[-1]) for arrays in encoded[:_BATCH]])).to(device)
     measure = Measure()
     for caption, arrays in zip(captions, encoded, strict=True):
@@ -108,16 +108,16 @@ def measure_per_token(captions: Sequence[Tensor]) -> dict[str, Any]:
     return {"bytes_per_token": _WIDTH + 2, **measure.facts()}
 
 
-def print_table(title: str, rows: dict[str, dict[str, Any]]) -> None:
-    """Print a line for each codec."""
-    print(f"\n{title}")  # noqa: T201
+def table(title: str, rows: dict[str, dict[str, Any]]) -> str:
+    """Return the results as text, a line for each codec."""
     names = ("bytes/token", "encode GB/s", "decode GB/s", "relative", "channels", "worst", "lowest cosine")
-    print(f"{'':16}" + "".join(f"{name:>14}" for name in names))  # noqa: T201
+    lines = [title, f"{'':16}" + "".join(f"{name:>14}" for name in names)]
     for name, row in rows.items():
         keys = ("relative_error", "channel_error", "worst_channel_error", "cosine_lowest")
         speeds = [f"{row[key]:14.2f}" if key in row else " " * 14 for key in ("encode_gb_s", "decode_gb_s")]
         errors = "".join(f"{row[key]:14.5f}" for key in keys)
-        print(f"{name:16}{row['bytes_per_token']:14.1f}{''.join(speeds)}{errors}")  # noqa: T201
+        lines.append(f"{name:16}{row['bytes_per_token']:14.1f}{''.join(speeds)}{errors}")
+    return "\n".join(lines)
 
 
 def main() -> int:
@@ -136,7 +136,7 @@ def main() -> int:
         rows = {name: measure_codec(calibrate(name, calibration), measured) for name in CODECS}
         rows["int8 per token"] = measure_per_token(measured)
         title = f"{len(measured)} captions, {num_massive} massive channels"
-        print_table(title, rows)
+        sys.stdout.write(f"\n{table(title, rows)}\n")
         figures[title] = rows
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1))
