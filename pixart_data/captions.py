@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from pixart_data.commits import COMMITS, MANIFEST, Record, file_sha256
 from pixart_data.errors import ConfigError, DataError
 from pixart_data.records import Reason
-from pixart_data.storage import is_remote, local_copy, location, read_bytes, remote_fingerprint, write_atomic
+from pixart_data.storage import exists, is_remote, local_copy, location, read_bytes, remote_fingerprint, write_atomic
 from pixart_data.units import encode_name, storable
 
 FORMAT = "pixart-captions"
@@ -76,7 +76,7 @@ def caption_files(path: Path, setting: str) -> list[CaptionFile]:
         ConfigError: If there is nothing to read.
         DataError: If the output of `caption` is not finished.
     """
-    if path.is_dir() and ((path / COMMITS).is_dir() or (path / MANIFEST).is_file()):
+    if path.is_dir() and ((path / COMMITS).is_dir() or exists(path / MANIFEST)):
         parts = _sealed_parts(path)
         return [CaptionFile(part["unit"], str(path / part["path"]), part["sha256"]) for part in parts]
     if path.is_dir():
@@ -85,7 +85,7 @@ def caption_files(path: Path, setting: str) -> list[CaptionFile]:
         stems = Counter(p.with_suffix("") for p in relative)
         names = [p if stems[p.with_suffix("")] > 1 else p.with_suffix("") for p in relative]
         files = [(encode_name(name.as_posix()), p) for name, p in zip(names, found, strict=True)]
-    elif path.is_file() and path.suffix in _SUFFIXES:
+    elif exists(path) and path.suffix in _SUFFIXES:
         files = [(encode_name(path.stem), path)]
     elif path.exists():
         raise ConfigError(f"{setting}: expected .parquet, .jsonl or a folder of them, found {path}")

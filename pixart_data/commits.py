@@ -22,7 +22,6 @@ from pixart_data.errors import DataError, JobError
 from pixart_data.retries import storage
 from pixart_data.storage import (
     TEMPORARY,
-    abort_uploads,
     delete,
     discard,
     list_files,
@@ -34,6 +33,7 @@ from pixart_data.storage import (
     write_atomic,
     write_new,
 )
+from pixart_data.uploads import abort_uploads
 
 COMMITS = "commits"
 MANIFEST = "manifest.json"  # of a finished output: says which files make it up

@@ -6,7 +6,6 @@ by a rename, an object by the end of its upload: neither is ever seen half writt
 
 import contextlib
 import errno
-import logging
 import os
 import shutil
 import tempfile
@@ -14,13 +13,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from pixart_data.errors import ConfigError, DataError, JobError
+from pixart_data.errors import ConfigError, DataError
 from pixart_data.processes import is_alive, process_name
 from pixart_data.retries import retrying, storage
 
 T = TypeVar("T")
-
-_log = logging.getLogger(__name__)
 
 TEMPORARY = ".tmp-"
 """Prefix of files that are not finished."""
@@ -117,8 +114,17 @@ def _local_names(directory: Path) -> list[str]:
 
 
 def exists(path: Path) -> bool:
-    """Tell whether a file is there."""
-    return retrying(path.is_file, path, "read")
+    """Tell whether a file is there.
+
+    Raises:
+        JobError: If the storage does not say: taken for missing, what is there would be left out or done again.
+    """
+    if not is_remote(path):
+        return retrying(path.is_file, path, "read")
+    try:
+        return bool(_info(path)["type"] == "file")  # fsspec's `isfile` takes a store that does not answer for a no
+    except FileNotFoundError:
+        return False
 
 
 def matching(root: Path, pattern: str) -> list[Path]:
@@ -137,8 +143,14 @@ def require_there(path: Path, setting: str = "") -> None:
 
 def remote_fingerprint(path: Path) -> str:
     """Return what changes when an object does: its size and its tag, or when it was last written."""
-    info = retrying(lambda: cast(Any, path).fs.info(cast(Any, path).path), path, "read")
+    info = _info(path)
     return str([info.get("size"), info.get("ETag") or info.get("etag") or str(info.get("LastModified"))])
+
+
+def _info(path: Path) -> dict[str, Any]:
+    store: Any = cast(Any, path).fs
+    found: dict[str, Any] = retrying(lambda: store.info(cast(Any, path).path), path, "read")
+    return found
 
 
 def size_bytes(path: Path) -> int:
@@ -287,48 +299,6 @@ def delete(paths: Iterable[Path]) -> int:
             retrying(path.unlink, path)
             count += 1
     return count
-
-
-def abort_uploads(root: Path, directories: Iterable[Path]) -> int:
-    """Abort uploads to files directly in `directories` that a killed process left half done, and return how many.
-
-    No listing shows them, and their store is paid for. Where one may not see or abort them, a line says so: they cost,
-    but do no other harm.
-
-    Args:
-        root: What all the directories are or lie in. Another run may be uploading to other folders below it.
-    """
-    store: Any = getattr(root, "fs", None)
-    if not hasattr(store, "list_multipart_uploads"):
-        return 0
-    bucket = cast(Any, root).path.strip("/").partition("/")[0]
-    folders = {cast(Any, directory).path.strip("/") for directory in directories}
-    count = 0
-    try:
-        for upload in _uploads(store, root):
-            if f"{bucket}/{upload['Key']}".rpartition("/")[0] in folders:
-                fields = {"Bucket": bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
-                with contextlib.suppress(FileNotFoundError):
-                    retrying(lambda fields=fields: store.call_s3("abort_multipart_upload", **fields), root)  # type: ignore[misc]
-                count += 1
-    except (JobError, FileNotFoundError, NotImplementedError) as error:
-        why = " ".join(str(error.__cause__ or error).split())
-        _log.warning("%s: uploads that were cut off are not looked for or not aborted: %s", root, why)
-    return count
-
-
-def _uploads(store: Any, root: Path) -> list[dict[str, Any]]:
-    """Return the unfinished uploads below `root`, from all pages of the listing."""
-    bucket, _, prefix = cast(Any, root).path.strip("/").partition("/")
-    fields = {"Bucket": bucket, "Prefix": f"{prefix}/" if prefix else ""}
-    found: list[dict[str, Any]] = []
-    while True:
-        page = retrying(lambda: store.call_s3("list_multipart_uploads", **fields), root, "read")
-        found += page.get("Uploads") or []
-        if not page.get("IsTruncated") or not page.get("NextKeyMarker"):
-            return found
-        fields["KeyMarker"] = page["NextKeyMarker"]
-        fields["UploadIdMarker"] = page.get("NextUploadIdMarker") or ""
 
 
 def sync_dir(directory: Path) -> None:

@@ -16,7 +16,7 @@ MAY_IMPORT = {
 }
 LIGHT_CORE = {
     "errors", "config", "sections", "records", "buckets", "shards", "entries", "codecs", "calibrations", "queries",
-    "remotes", "commits", "leases", "retries", "storage",
+    "remotes", "commits", "leases", "retries", "storage", "uploads",
 }  # fmt: skip
 MAY_IMPORT_RAY = {"pipelines", "jobs"}
 MODULES = sorted(path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))

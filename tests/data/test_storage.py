@@ -13,7 +13,6 @@ from pixart_data.commits import Record, publish, publish_table, read_records, re
 from pixart_data.errors import ConfigError, DataError, JobError, TransientError
 from pixart_data.retries import is_transient, retrying
 from pixart_data.storage import (
-    abort_uploads,
     delete,
     exists,
     list_files,
@@ -27,6 +26,7 @@ from pixart_data.storage import (
     write_atomic,
     write_new,
 )
+from pixart_data.uploads import abort_uploads
 from tests.faults import FaultyProxy
 
 
@@ -276,6 +276,7 @@ def test_failures_that_pass_are_waited_out(faulty):
     for folder in "abc":
         assert [path.name for path in list_files(root / folder)] == list(contents)
         assert read_many(list_files(root / folder)) == list(contents.values())
+        assert all(exists(root / folder / name) and not exists(root / folder / f"no-{name}") for name in contents)
     assert proxy.num_faults > 10
     assert events.counts().get("storage_retry", 0) > before
 

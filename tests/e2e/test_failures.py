@@ -53,7 +53,8 @@ def images_of(root):
     return {
         path.relative_to(root).as_posix(): path.read_bytes()
         for path in root.rglob("*")
-        if path.suffix in (".tar", ".parquet") or path.parent.name == "commits" or path.name == "manifest.json"
+        if not path.name.startswith(".tmp-")  # of a worker that was ended with the command; see `temporary`
+        and (path.suffix in (".tar", ".parquet") or path.parent.name == "commits" or path.name == "manifest.json")
     }
 
 
