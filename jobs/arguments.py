@@ -1,6 +1,7 @@
 """What each command takes on its command line besides the options that all have, and what that says of its job."""
 
 import argparse
+import os
 import re
 import shlex
 from pathlib import Path
@@ -23,22 +24,53 @@ def job_given(args: argparse.Namespace) -> Given:
     return args.job, {}
 
 
+def _caption_arguments(sub: argparse.ArgumentParser) -> None:
+    job_arguments(sub)
+    sub.add_argument(
+        "--retry-failed-gate",
+        action="store_true",
+        help="judge the captions, ask again for those that fail, mark the rest",
+    )
+
+
+def _caption_given(args: argparse.Namespace) -> Given:
+    return args.job, {"gate": {}} if args.retry_failed_gate else {}
+
+
 def _stats_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("paths", nargs="*", help="a job file, or caption tables: PATH or NAME=PATH")
-    sub.add_argument("--column", default="caption", help="the column of tables given by hand (default: caption)")
+    sub.add_argument("paths", nargs="*", help="a job file, or tables, text files or folders: PATH or NAME=PATH")
+    sub.add_argument("--column", metavar="NAME", help="the column of tables given by hand (default: caption)")
     sub.add_argument("--out", help="folder for the report of tables given by hand (default: report)")
+    sub.add_argument("--approximate", action="store_true", help="count without NLTK's data, by TextBlob's lexicon")
+    sub.add_argument("--download-nltk", action="store_true", help="fetch NLTK's data first; without paths, only that")
+    sub.add_argument("--tokenizer", metavar="MODEL", help="measure lengths too, with the tokenizer of this T5")
 
 
 def _stats_given(args: argparse.Namespace) -> Given:
+    flags: dict[str, Any] = {name: True for name in ("approximate", "download_nltk") if getattr(args, name)}
+    flags |= {"tokenizer": args.tokenizer} if args.tokenizer else {}
     if len(args.paths) == 1 and args.paths[0].endswith(".toml"):
-        return Path(args.paths[0]), {"output": args.out} if args.out else {}
+        if args.column:
+            raise ConfigError(
+                "--column: expected it with tables given by hand, found a job file; set sets.column there"
+            )
+        return Path(args.paths[0]), {**flags, **_out(args)}
     sets = []
     for text in args.paths:
         name, sign, path = text.partition("=")
         named = sign and not Path(text).exists()  # `date=3/x.parquet` is a path, not a name
-        given = {"name": name, "path": path} if named else {"name": Path(text).stem, "path": text}
-        sets.append({**given, "column": args.column})
-    return None, {"sets": sets, "output": args.out or "report"}
+        given = {"name": name, "path": path} if named else {"name": _set_name(text), "path": text}
+        sets.append({**given, "column": args.column or "caption"})
+    return None, {"sets": sets, "output": args.out or "report", **flags}
+
+
+def _set_name(path: str) -> str:
+    """Return what a set is called that was given no name: as its file, its folder, or the folder before a pattern."""
+    place = path if "://" in path else os.path.abspath(path)
+    while any(sign in os.path.basename(place) for sign in "*?["):
+        place = os.path.dirname(place)
+    stem, suffix = os.path.splitext(os.path.basename(place.rstrip("/")))
+    return stem if suffix in (".parquet", ".jsonl", ".txt") else f"{stem}{suffix}" or "captions"
 
 
 def _path_arguments(sub: argparse.ArgumentParser) -> None:
@@ -201,6 +233,7 @@ def _sample_given(args: argparse.Namespace) -> Given:
 
 
 ARGUMENTS = {
+    "caption": _caption_arguments,
     "stats": _stats_arguments,
     "inspect": _inspect_arguments,
     "verify": _verify_arguments,
@@ -216,6 +249,7 @@ ARGUMENTS = {
     "sample": _sample_arguments,
 }
 GIVEN = {
+    "caption": _caption_given,
     "stats": _stats_given,
     "inspect": _inspect_given,
     "verify": _verify_given,

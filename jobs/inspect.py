@@ -15,12 +15,14 @@ from jobs.config import Inspect
 from jobs.datasets import describe, short
 from pixart_data import selection
 from pixart_data.archives import read_seal
+from pixart_data.bundles import read_bundle
 from pixart_data.captions import caption_files
 from pixart_data.commits import COMMITS, MANIFEST, read_records, read_table
 from pixart_data.errors import ConfigError, DataError
 from pixart_data.pages import DOCTYPE, printable
 from pixart_data.shards import MEMBER, feature_sets
 from pixart_data.storage import exists, local_copy, location, matching, read_bytes
+from pixart_data.verdicts import GATE, Verdicts
 
 _META = "meta.json"
 _TEXT_WIDTH = 100
@@ -92,7 +94,8 @@ def _look_at_commits(path: Path, num_samples: int) -> tuple[str, Iterator[str]]:
         return "fetched images", _fetched([path / rows["path"] for rows in fetched["rows"]], num_samples)
     if selection.is_selection(path):
         return "kept images", _kept(path, num_samples)
-    return "captions", _captions([location(file.path) for file in caption_files(path, "path")], num_samples)
+    verdicts = Verdicts.in_records(read_records(path).values())
+    return "captions", _captions([location(file.path) for file in caption_files(path, "path")], verdicts, num_samples)
 
 
 def _kept(path: Path, num_samples: int) -> Iterator[str]:
@@ -111,7 +114,7 @@ def _look_at_file(path: Path, num_samples: int) -> tuple[str, Iterator[str]]:
     raise DataError(f"{path}: expected a folder, a .parquet, a .tar or a stats.json; nothing else can be inspected")
 
 
-def _captions(paths: list[Path], num_samples: int) -> Iterator[str]:
+def _captions(paths: list[Path], verdicts: Verdicts, num_samples: int) -> Iterator[str]:
     columns = ["status", "error", "finish_reason", "model", "num_tokens"]
     table = pa.concat_tables([read_table(path, columns=columns) for path in paths])
     num_good = pc.sum(pc.equal(table["status"], "ok")).as_py() or 0
@@ -122,6 +125,8 @@ def _captions(paths: list[Path], num_samples: int) -> Iterator[str]:
             yield f"  {name:14} {counts}"
     if num_good:
         yield f"  {'tokens':14} {_spread(table['num_tokens'])}"
+    if verdicts.num_judged:
+        yield f"  {'gate':14} {verdicts.line().removeprefix('gate: ')}"
     shown = Counter[str]()
     for row in (row for path in paths for row in read_table(path).to_pylist()):
         if shown[row["status"]] < num_samples:
@@ -138,6 +143,8 @@ def _caption(row: dict[str, Any]) -> Iterator[str]:
     yield f"  {row['key']} ({row['width_px']} x {row['height_px']} px{_ops(row['image_ops'])})"
     yield f"    raw      {short(row['raw_caption'])}"
     yield f"    caption  {short(row['caption'])}"
+    if row.get(GATE):
+        yield f"    gate     fails: {', '.join(row[GATE])}; asked {row['num_attempts']} time(s)"
     for name in (name for name in row if name.startswith("caption_")):
         yield f"    {name.removeprefix('caption_'):8} {short(row[name])}"
 
@@ -167,12 +174,23 @@ def _rejected(path: Path, num_samples: int) -> Iterator[str]:
 
 
 def _statistics(path: Path) -> Iterator[str]:
-    from pixart_data.reports import from_json, terminal_table
+    from pixart_data.corpora import from_json
+    from pixart_data.reports import terminal_table
 
     try:
         yield terminal_table(from_json(json.loads(read_bytes(path))))
     except ValueError as error:
         raise DataError(f"{path}: not valid JSON ({error}); run `pixart stats` again") from error
+    if exists(path.parent / MANIFEST):
+        yield ""
+        for file in read_bundle(path.parent):
+            yield f"  {file.path}, {file.size_bytes:,} bytes"
+    records = read_records(path.parent).values()
+    for folder, what in (("counts", "nouns and how often they occur"), ("measures", "the quality of each caption")):
+        files = [file for record in records for file in record.files if file.path.startswith(f"{folder}/")]
+        if files:
+            size_bytes = sum(file.size_bytes for file in files)
+            yield f"  {folder}/*.parquet, {len(files)} part(s), {size_bytes:,} bytes: {what}"
 
 
 def _checkpoint(path: Path) -> Iterator[str]:

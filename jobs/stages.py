@@ -11,6 +11,7 @@ from pipelines.config import Caption, Extract, Fetch, Filter, Stats
 from pixart_data.config import Section
 from pixart_data.reports import terminal_table
 from pixart_data.storage import location
+from pixart_data.tagging.resources import TAGGER, find_resources
 
 
 def fetch(job: Fetch, dry_run: bool) -> None:
@@ -25,10 +26,24 @@ def caption(job: Caption, dry_run: bool) -> None:
 
 def stats(job: Stats, dry_run: bool) -> None:
     """Count the nouns of a job's captions and print the table, or print what would be counted."""
+    if not job.sets:
+        _download_nltk(dry_run)
+        return
     _run(stats_pipeline, job, dry_run)
     if not dry_run:
         print(f"\n{terminal_table(stats_pipeline.read_stats(job))}")
-        print(f"\nreport: {job.output}/{stats_pipeline.HTML_FILE} and {stats_pipeline.JSON_FILE}")
+        print(f"\nreport: {job.output}/{stats_pipeline.HTML_FILE}, {stats_pipeline.JSON_FILE} and figures beside it")
+
+
+def _download_nltk(dry_run: bool) -> None:
+    """Fetch NLTK's data where it is missing, and print the folder that holds it."""
+    if dry_run:
+        print("stats: would fetch NLTK's data, if it is missing, as NLTK does")
+        return
+    import nltk.data
+
+    find_resources(download=True)
+    print(f"stats: NLTK's data is in {str(nltk.data.find(TAGGER)).removesuffix(TAGGER.rstrip('/')).rstrip('/')}")
 
 
 def filter(job: Filter, dry_run: bool) -> None:

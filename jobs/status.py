@@ -17,6 +17,7 @@ from pixart_data.errors import ConfigError, DataError
 from pixart_data.pages import printable
 from pixart_data.runs import STATUS_FILE, SUMMARY_FILE, Status, advice, duration, event_lines, read_status, size
 from pixart_data.storage import exists, list_files, location
+from pixart_data.verdicts import Verdicts
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ def _look(root: Path) -> _View:
     records = read_records(root)
     if found is not None and not found.num_foreign:
         # The records are the truth: a driver that was killed wrote its status up to five seconds before the last one.
-        found = found.model_copy(update={"num_done": 0, "rows_in": 0, "rows_out": 0, "rejected": {}})
+        found = found.model_copy(update={"num_done": 0, "rows_in": 0, "rows_out": 0, "rejected": {}, "gate": {}})
         for record in records.values():
             found.count(record)
         failed = {name: unit for name, unit in found.failed.items() if name not in records}
@@ -166,6 +167,8 @@ def _done(status: Status, alive: bool) -> Iterator[tuple[str, str]]:
     if status.rejected:
         counts = sorted(status.rejected.items(), key=lambda item: -item[1])
         yield "rejected", ", ".join(f"{reason} {count:,}" for reason, count in counts)
+    if status.gate:
+        yield "gate", Verdicts.from_facts(status.gate).line().removeprefix("gate: ")
     if status.num_foreign:
         yield "", f"not counted: {status.num_foreign:,} records of other sources, or to be redone"
 

@@ -3,7 +3,8 @@
 import logging
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,19 +12,22 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from pipelines.config import Caption
-from pipelines.driver import Account, Plan, Run, execute, make_plan
+from pipelines.driver import Account, Plan, Run, changed, execute, make_plan
 from pipelines.engine import Engine
+from pipelines.gate import Gatekeeper
 from pipelines.pictures import Picture, read_pictures
 from pipelines.worker import Report
+from pixart_data import events
 from pixart_data.captions import seal_captions
 from pixart_data.commits import Record, publish_table, read_table
 from pixart_data.models import identity, require_kind
-from pixart_data.questions import MAIN, Answers, NoCaption
+from pixart_data.questions import MAIN, Answers, NoCaption, columns
 from pixart_data.records import SCHEMA_VERSION, Reason, captions_schema
 from pixart_data.sections import Captioner
 from pixart_data.sources import Unit, count_rows, find_units
 from pixart_data.storage import location
 from pixart_data.threads import ahead
+from pixart_data.verdicts import GATE, Verdicts
 
 if TYPE_CHECKING:
     from pixart_data.images import Decoded
@@ -45,6 +49,7 @@ class CaptionStage:
     def __init__(self, job: Caption) -> None:
         self.job, self.root = job, location(job.output)
         self.more = list(job.captioner.questions)[1:]
+        self.gate = None if job.gate is None else Gatekeeper(job.gate, job.captioner)
         if job.captioner.server is None:
             from pixart_data.captioner import Captioner
 
@@ -63,7 +68,7 @@ class CaptionStage:
             rows.append(row)
             num_rejected += row["error"] is not None
             report(len(rows), num_rejected)
-        return self._publish(unit, rows)
+        return self._end(unit, rows)
 
     def retry(self, unit: Unit, reasons: Sequence[str], record: Record, report: Report) -> Record:
         """Describe the images again that were rejected for one of `reasons`, and write the part anew."""
@@ -74,9 +79,20 @@ class CaptionStage:
             again[row["key"]] = row
             num_rejected += row["error"] is not None
             report(count, num_rejected)
-        return self._publish(unit, [again.get(row["key"], row) for row in rows])
+        return self._end(unit, [again.get(row["key"], row) for row in rows])
 
-    def _publish(self, unit: Unit, rows: list[Row]) -> Record:
+    def amend(self, unit: Unit, record: Record, report: Report) -> Record:
+        """Judge the captions of a part that are there, have those asked for again that fail, and write it anew."""
+        rows: list[Row] = read_table(self.root / record.files[0].path).to_pylist()
+        report(len(rows), sum(record.rejected.values()))
+        return self._end(unit, rows)
+
+    def _end(self, unit: Unit, rows: list[Row]) -> Record:
+        if self.gate is not None:
+            self.gate.judge(rows)
+            due = {row["key"]: row for row in rows if self.gate.is_due(row)}
+            for _ in self._answered(unit, due.keys(), partial(self._again, unit, due)) if due else ():
+                events.beat()
         table = pa.Table.from_pylist(rows, schema=captions_schema(self.more))
         file = publish_table(table, self.root, self.root / PARTS, unit.id)
         rejected = Counter(row["error"] for row in rows if row["error"] is not None)
@@ -84,23 +100,26 @@ class CaptionStage:
         facts = {**self.captioner.facts}
         if self.more:
             facts["missing"] = {name: _tally(rows, name) for name in self.more}
+        if self.gate is not None:
+            facts |= self.gate.facts(rows)
         return Record(unit.id, "", {}, len(rows), rows_out, dict(rejected), [file], facts=facts)
 
     def _rows(self, unit: Unit, keys: Any) -> Iterator[Row]:
         """Yield the rows of a unit in the order of the source, all of them or those with `keys`."""
+        for rows in self._answered(unit, keys, partial(self._batch, unit)):
+            yield from rows
+
+    def _answered(self, unit: Unit, keys: Any, answer: Callable[[list[Picture]], list[Row]]) -> Iterator[list[Row]]:
+        """Yield what `answer` makes of each batch of a unit's pictures, in the order of the source."""
         config, captioner = self.job.captioner, self.captioner
         num_ahead = max(captioner.batch_size, captioner.num_batches // 2)
         pictures = read_pictures(
             unit, self.job.source, num_ahead, config.min_side_px, then=self._prepare, keys=keys
         )  # no decoded picture is kept in memory but those that the engine itself keeps
         batches = _batches(pictures, captioner.batch_size)
-        answer = partial(self._batch, unit)
         if captioner.num_batches == 1:
-            answered: Iterator[list[Row]] = map(answer, batches)
-        else:
-            answered = ahead(answer, batches, captioner.num_batches, 2 * captioner.num_batches)
-        for rows in answered:
-            yield from rows
+            return map(answer, batches)
+        return ahead(answer, batches, captioner.num_batches, 2 * captioner.num_batches)
 
     def _prepare(self, decoded: "Decoded") -> tuple[Any, Row]:
         """Return what the engine makes of a picture, and what the row says of it; done beside the model."""
@@ -119,6 +138,29 @@ class CaptionStage:
             answers = iter(self.describe(batch)["answers"])
         return [self._row(picture, next(answers) if picture.error is None else {}) for picture in held]
 
+    def _again(self, unit: Unit, due: dict[str, Row], held: list[Picture]) -> list[Row]:
+        """Ask for captions that failed until they pass or have no attempts left; returns their rows.
+
+        What is asked and drawn depends on a row and its attempts alone, so that a unit ends up with the same captions
+        whether it is judged at once or long after, and however often that is taken up. An image that cannot be read
+        any more keeps the caption that it has.
+        """
+        gate, left = self.gate, [picture for picture in held if picture.error is None]
+        rows = [due[picture.sample.key] for picture in left]
+        while left and gate is not None:
+            asked = [due[picture.sample.key] for picture in left]
+            batch: dict[str, list[Any]] = {
+                "image": [picture.placed[0] for picture in left],
+                "raw_caption": [picture.sample.caption for picture in left],
+                "seed": [
+                    _seed(self.job.captioner.seed, unit.id, f"{row['key']}/{row['num_attempts']}") for row in asked
+                ],
+                "decoding": [gate.decoding(row) for row in asked],
+            }
+            gate.weigh(asked, [answers[MAIN] for answers in self.describe(batch)["answers"]])
+            left = [picture for picture in left if gate.is_due(due[picture.sample.key])]
+        return rows
+
     def _row(self, picture: Picture, answers: Answers) -> Row:
         main = answers.get(MAIN)
         error, detail = picture.error, picture.detail
@@ -135,7 +177,7 @@ class CaptionStage:
             **(picture.placed[1] if picture.placed else {}),
         }
         for name, answer in answers.items():
-            row |= _columns(name.removeprefix(MAIN), answer)
+            row |= columns(name, answer)
         return row | {"error": None if error is None else str(error), "detail": detail or None}
 
 
@@ -151,19 +193,6 @@ def _batches(pictures: Iterator[Picture], batch_size: int) -> Iterator[list[Pict
             held, num_good = [], 0
     if held:
         yield held
-
-
-def _columns(suffix: str, answer: Any) -> Row:
-    """Return the columns of one answer: `caption_short` and the others with that ending for the suffix `_short`."""
-    if isinstance(answer, NoCaption):
-        return {f"error{suffix}": str(answer.reason)}
-    return {
-        f"caption{suffix}": answer.text or None,
-        f"finish_reason{suffix}": answer.finish_reason,
-        f"num_prompt_tokens{suffix}": answer.num_prompt_tokens,
-        f"num_tokens{suffix}": answer.num_tokens,
-        f"error{suffix}": None if answer.text else str(Reason.EMPTY_CAPTION),
-    }
 
 
 def _tally(rows: list[Row], name: str) -> dict[str, int]:
@@ -191,7 +220,19 @@ def prepare(job: Caption) -> Run:
         count=count_rows,
         units_per_worker=2,
         needs_gpu=job.captioner.server is None,
+        lacks=(lambda record: "") if job.gate is None else partial(_lacks, job.gate.model_dump()),
     )
+
+
+def _lacks(gate: dict[str, Any], record: Record) -> str:
+    """Say what has changed about the gate since a unit was judged.
+
+    The gate is no part of the unit's digest: the captions that pass it would be asked for again, too.
+    """
+    if GATE not in record.facts:
+        return "captions not judged"
+    names = changed(record.facts[GATE]["settings"], gate, "gate.")
+    return f"{names} changed" if names else ""
 
 
 def _decided(captioner: Captioner) -> dict[str, Any]:
@@ -223,8 +264,8 @@ def run(job: Caption, reasons: Sequence[str] = ()) -> list[tuple[Run, Account]]:
     return [(prepared, execute(prepared, job, partial(_finish, prepared.root), reasons))]
 
 
-def _finish(root: Path, records: list[Record]) -> None:
-    """Say which further captions are missing, for no rejected row does, and seal the table."""
+def _finish(root: Path, records: list[Record]) -> Account:
+    """Say which further captions are missing, for no rejected row does, seal the table, and add the gate's account."""
     missing: dict[str, Counter[str]] = {}
     for record in records:
         for name, reasons in record.facts.get("missing", {}).items():
@@ -233,3 +274,4 @@ def _finish(root: Path, records: list[Record]) -> None:
         found = ", ".join(f"{reason} {count:,}" for reason, count in sorted(reasons.items())) or "none"
         log.info("%s: %s: images without it, beside those rejected: %s", STAGE, name, found)
     seal_captions(root, records)
+    return replace(Account.of(records), remark=Verdicts.in_records(records).line())

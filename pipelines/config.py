@@ -10,6 +10,7 @@ from pixart_data.sections import (
     Captioner,
     Downloads,
     Filters,
+    Gate,
     ImageFeatures,
     Source,
     TextFeatures,
@@ -45,6 +46,31 @@ class Cluster(Section):
     """What an hour of one worker costs, in dollars: for the costs that `pixart status` shows."""
 
 
+class Gating(Gate):
+    """Which captions are asked for again with other decoding; `--retry-failed-gate` adds it with its defaults."""
+
+    attempts: int = Field(default=2, ge=0)
+    """A caption that fails is asked for again up to this often, and marked if none passes; 0 only marks. More than
+    before: what still fails is asked for as often as is left."""
+    temperatures: list[float] = Field(default=[0.5, 0.9], min_length=1)
+    """Of these answers, one after the other; the last one is for all further ones."""
+    top_p: float = Field(default=0.9, gt=0.0, le=1.0)
+    """Share of the probability that they are drawn from."""
+    frequency_penalty: float = Field(default=0.3, ge=0.0, le=2.0)
+    """After a loop: taken off a token's score for each time that the answer has it already, as OpenAI's API has it."""
+    more_tokens: float = Field(default=1.5, ge=1.0)
+    """After a truncated caption: this many times `captioner.max_new_tokens`."""
+    approximate: bool = False
+    """Tag words with TextBlob's lexicon, which comes with the package, instead of with NLTK's data."""
+
+    @field_validator("temperatures")
+    @classmethod
+    def _are_no_less_than_zero(cls, temperatures: list[float]) -> list[float]:
+        if min(temperatures) < 0:
+            raise ValueError(f"expected temperatures of 0 or more, found {min(temperatures):g}")
+        return temperatures
+
+
 class Caption(Section):
     """`pixart caption`: images to a Parquet table of captions, one part for each source shard."""
 
@@ -52,6 +78,8 @@ class Caption(Section):
     """Directory of the table."""
     source: Source
     captioner: Captioner = Captioner()
+    gate: Gating | None = None
+    """Unset: captions are not judged."""
     cluster: Cluster = Cluster()
 
 
@@ -89,27 +117,61 @@ class Fetch(Section):
 
 
 class CaptionSet(Section):
-    """Captions to count: a table that `caption` wrote, any Parquet or JSONL file, or a folder of them."""
+    """Captions to count: a table that `caption` wrote, Parquet or JSONL tables, or text files with a caption a line."""
 
     name: str = Field(min_length=1)
     """As the report shows it."""
     path: LocalPath
-    """The output directory of `caption`, a file, or a folder of files."""
-    column: str = "caption"
-    """The column to count."""
+    """The output directory of `caption`, a file, or a folder of files, local or as `s3://...`; `*` and `**` expand. Of
+    a folder with tables and text files, the tables are read."""
+    column: str = Field(default="caption", min_length=1)
+    """The column to count; text files have none."""
+    raw_column: str = "raw_caption"
+    """Where a table has this column beside `column`, it is counted too, as the set NAME-raw, and the two are compared
+    on the same images; empty: it is not."""
+
+
+class Gallery(Section):
+    """Pictures for the report, with their raw and their dense captions."""
+
+    source: Source
+    """The images that the captions describe, as `caption` read them."""
+    num_pictures: int = Field(default=24, ge=1, le=200)
+    """How many are shown; each adds up to 40 kB to the page."""
+    seed: int = 0
+    """Which these are."""
 
 
 class Stats(Section):
-    """`pixart stats`: noun density of caption sets, beside the paper's Table 1."""
+    """`pixart stats`: noun density and quality of caption sets, beside the paper's Table 1."""
 
     output: LocalPath
-    """Directory of stats.json and report.html."""
-    sets: list[CaptionSet] = Field(min_length=1)
+    """Directory of stats.json, report.html and the figures."""
+    sets: list[CaptionSet] = []
+    """The captions to count, in the order of the report."""
+    compare: dict[str, str] = {}
+    """Which set is compared with which, e.g. `{ dense = "raw" }`: the nouns that the first has gained. A set with a
+    `raw_column` is compared with that by itself."""
     approximate: bool = False
-    """Count with TextBlob's lexicon even where NLTK's data is present."""
-    download_nltk: bool = True
-    """Fetch NLTK's data, as NLTK does, when it is missing."""
+    """Count with TextBlob's lexicon, which needs no data files; its figures are marked, and kept apart from NLTK's."""
+    download_nltk: bool = False
+    """Fetch NLTK's data, as NLTK does, where it is missing."""
+    threshold: int = Field(default=10, ge=0)
+    """A noun is valid if it appears more often than this; the paper's is 10."""
+    tokenizer: ModelId | None = None
+    """Measure lengths in tokens of this T5, e.g. "DeepFloyd/t5-v1_1-xxl"; unset: they are not measured."""
+    tokenizer_subfolder: str | None = None
+    """Folder of the tokenizer inside its repository."""
+    max_tokens: int = Field(default=120, ge=1)
+    """What the lengths are held against: longer captions are cut when features are extracted."""
+    resolution_px: Literal[256, 512, 1024] = 256
+    """Whose canvases the sizes of the images are held against, where a table has their `width_px` and `height_px`."""
+    measures: bool = True
+    """Keep the quality of every caption, with its key, as measures/*.parquet: about 20 bytes a caption."""
+    gate: Gate = Gate()
     cluster: Cluster = Cluster()
+    gallery: Gallery | None = None
+    """Unset: no pictures."""
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
@@ -117,6 +179,20 @@ class Stats(Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"sets: expected different names, found '{twice[0]}' twice; rename one, e.g. other=PATH")
+        places: dict[tuple[str, str], str] = {}
+        for one in self.sets:
+            other = places.setdefault((one.path.rstrip("/"), one.column), one.name)
+            if other != one.name:
+                raise ValueError(
+                    f"sets: expected different captions, found column '{one.column}' of {one.path} as '{other}' and as "
+                    f"'{one.name}'; remove one"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _has_work(self) -> Self:
+        if not self.sets and not self.download_nltk:
+            raise ValueError("sets: expected at least one, found none; name a caption table, e.g. captions.parquet")
         return self
 
 

@@ -16,7 +16,7 @@ from pipelines.config import Cluster
 from pipelines.ending import Stopped, exit_in_time, stop_on_sigterm
 from pipelines.pool import Pool
 from pipelines.progress import Progress, RunFacts, Timing
-from pipelines.worker import Retry, Stage, Work
+from pipelines.worker import Amend, Retry, Stage, Work
 from pixart_data import events
 from pixart_data.commits import MANIFEST, Record, read_records, sweep, write_record
 from pixart_data.config import Section, digest, resolved_toml
@@ -49,6 +49,8 @@ class Run:
         per_cpu: Without `cluster.num_workers`, a worker for each CPU: the stage loads no large model.
         judged: Whether rejected rows count against `cluster.max_rejected`.
         units_per_worker: Two let a worker's model work while one of its units starts or ends.
+        lacks: What a done unit still lacks, in a few words for the plan; empty if it lacks nothing. The stage can
+            `amend` it then.
         needs_gpu: False where the work is done elsewhere, by a server: workers get no GPU then.
     """
 
@@ -64,11 +66,12 @@ class Run:
     judged: bool = True
     units_per_worker: int = 1
     needs_gpu: bool = True
+    lacks: Callable[[Record], str] = lambda record: ""
 
 
 @dataclass
 class Plan:
-    """Which units are done and which are left, and the redone ones by what changed.
+    """Which units are done and which are left, the redone ones by what changed, the amended ones by what they lack.
 
     Attributes:
         records: All that are there, those of other sources and of units to be redone included.
@@ -77,21 +80,24 @@ class Plan:
     done: dict[str, Record] = field(default_factory=dict)
     todo: list[tuple[Work, dict[str, Any]]] = field(default_factory=list)
     redo: dict[str, list[str]] = field(default_factory=dict)
+    amend: dict[str, list[str]] = field(default_factory=dict)
     records: dict[str, Record] = field(default_factory=dict)
     others: int = 0
 
     def line(self, run: Run) -> str:
         """Say how many shards are done and left, and why done ones are redone."""
         total = len(self.done) + len(self.todo)
-        fresh = len(self.todo) - sum(map(len, self.redo.values()))
-        parts = [f"{fresh} new", *(f"{len(units)} redone: {why}" for why, units in sorted(self.redo.items()))]
-        detail = f" ({'; '.join(parts)})" if self.redo else ""
+        known = [*self.redo.values(), *self.amend.values()]
+        parts = [f"{len(self.todo) - sum(map(len, known))} new"]
+        parts += [f"{len(units)} redone: {why}" for why, units in sorted(self.redo.items())]
+        parts += [f"{len(units)} amended: {why}" for why, units in sorted(self.amend.items())]
+        detail = f" ({'; '.join(parts)})" if known else ""
         return f"{run.stage}: {total} shards, {len(self.done)} done, {len(self.todo)} to do{detail} -> {run.root}"
 
     def which_lines(self, run: Run) -> list[str]:
         """Name the shards that are to do, the first few of each kind."""
-        redone = {unit for units in self.redo.values() for unit in units}
-        kinds = {"new": [unit.id for unit, _ in self.todo if unit.id not in redone], **self.redo}
+        known = {unit for units in [*self.redo.values(), *self.amend.values()] for unit in units}
+        kinds = {"new": [unit.id for unit, _ in self.todo if unit.id not in known], **self.redo, **self.amend}
         lines = []
         for why, units in kinds.items():
             more = f" and {len(units) - _UNITS_NAMED} others" if len(units) > _UNITS_NAMED else ""
@@ -109,17 +115,19 @@ class Plan:
         """Count the rows that are done and left; reads the sources, which can take a while."""
         num_done = sum(record.rows_in for record in self.done.values())
         with ThreadPoolExecutor(_COUNT_THREADS) as threads:
-            num_left = sum(threads.map(run.count, (unit for unit, _ in self.todo)))
+            num_left = sum(threads.map(run.count, (unit for unit, _ in self.todo if not isinstance(unit, Amend))))
+        num_left += sum(unit.record.rows_in for unit, _ in self.todo if isinstance(unit, Amend))
         return f"{run.stage}: {num_done + num_left:,} rows, {num_done:,} done, {num_left:,} to do"
 
 
 @dataclass(frozen=True)
 class Account:
-    """Rows of a finished run, over all its units, those done before included."""
+    """Rows of a finished run, over all its units, those done before included; `remark` says more of those out."""
 
     rows_in: int
     rows_out: int
     rejected: dict[str, int]
+    remark: str = ""
 
     @classmethod
     def of(cls, records: Iterable[Record]) -> "Account":
@@ -136,9 +144,9 @@ class Account:
         """Return `rows in = rows out + rejected`, with the reasons."""
         total = sum(self.rejected.values())
         reasons = ", ".join(f"{name} {count}" for name, count in self.rejected.items())
-        return f"{self.rows_in:,} in = {self.rows_out:,} out + {total:,} rejected" + (
-            f" ({reasons})" if reasons else ""
-        )
+        detail = f" ({reasons})" if reasons else ""
+        remark = f"; {self.remark}" if self.remark else ""
+        return f"{self.rows_in:,} in = {self.rows_out:,} out + {total:,} rejected{detail}{remark}"
 
 
 def make_plan(run: Run) -> Plan:
@@ -154,10 +162,15 @@ def make_plan(run: Run) -> Plan:
         settings = run.settings(unit)
         record = records.get(unit.id)
         if record is not None and record.digest == digest(settings):
-            plan.done[unit.id] = record
+            lacks = run.lacks(record)
+            if not lacks:
+                plan.done[unit.id] = record
+                continue
+            plan.amend.setdefault(lacks, []).append(unit.id)
+            plan.todo.append((Amend(unit, record), settings))
             continue
         if record is not None:
-            plan.redo.setdefault(_changed(record.settings, settings), []).append(unit.id)
+            plan.redo.setdefault(changed(record.settings, settings), []).append(unit.id)
         plan.todo.append((unit, settings))
     return plan
 
@@ -320,13 +333,13 @@ def require_known(reasons: Iterable[str]) -> None:
             raise ConfigError(f"reason {name!r}: expected why rows are rejected, found no such reason; {hint}")
 
 
-def _changed(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str:
-    """Name the settings that differ, dotted, the first few."""
+def changed(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str:
+    """Name the settings that differ, dotted, the first few; without a prefix, with the word "changed" after them."""
     names = []
     for key in sorted({*before, *now}):
         old, new = before.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            names += [_changed(old, new, f"{prefix}{key}.")] if old != new else []
+            names += [changed(old, new, f"{prefix}{key}.")] if old != new else []
         elif old != new:
             names.append(f"{prefix}{key}")
     return ", ".join(names[:4]) + (" changed" if not prefix else "")

@@ -42,6 +42,7 @@ _LINE_EVERY_S = 10.0
 _REWRITE_EVERY_S = 0.2
 _WRITE_EVERY_S = 5.0
 _RATE_OVER_S = 60.0
+_ROWS = {"stats": "captions"}  # what the rows of a stage are called in its line
 _LAST_WRITE_S = 10.0  # a process that was told to stop has thirty seconds in all
 
 Outcome = Literal["done", "failed", "stopped"]
@@ -199,11 +200,12 @@ class Progress:
         """Return the line as it stands."""
         status = self._status
         ran, left = self._ran(), status.seconds_left()
+        rows = _ROWS.get(status.stage, "rows")
         rejected = sum(self._rejected.values()) + status.live_rejected
         parts = [
             f"{status.stage} {status.num_done}/{status.num_units} shards",
-            f"{ran.rows:,} rows",
-            f"{ran.rows_per_s:.1f} rows/s",
+            f"{ran.rows:,} {rows}",
+            f"{ran.rows_per_s:.1f} {rows}/s",
             f"{rejected:,} rejected",
             f"eta {'?' if left is None else duration(left)}",
         ]

@@ -1,133 +1,274 @@
-"""`pixart stats`: caption tables to noun counts, one part for each file, then one report beside the paper's Table 1."""
+"""`pixart stats`: captions to nouns and quality, one part for each file, then one report beside the paper's Table 1."""
 
-import json
+import logging
+import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipelines.config import CaptionSet, Stats
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.config import Stats
 from pipelines.driver import Account, Plan, Run, execute, make_plan
+from pipelines.facts import Facts
+from pipelines.findings import COUNTS, DRAWN, HTML_FILE, JSON_FILE, QUALITY, read_findings, write_findings
+from pipelines.sets import CountUnit, Sets, find_sets
 from pipelines.worker import Report
-from pixart_data.captions import CaptionFile, caption_files, count_captions, read_captions, require_columns
-from pixart_data.commits import Record, publish_table, read_table
-from pixart_data.nouns import NounCounts, NounStats, build_tagger, count_nouns, find_tagger, summarise
-from pixart_data.records import SCHEMA_VERSION
-from pixart_data.reports import from_json, html_page, to_json
-from pixart_data.storage import location, read_bytes, write_atomic
-from pixart_data.units import encode_name
-from pixart_data.verification import REPORT
+from pixart_data.columns import Rows, read_columns
+from pixart_data.commits import PublishedFile, Record, publish, publish_table
+from pixart_data.corpora import Corpus
+from pixart_data.errors import ConfigError
+from pixart_data.galleries import Row, choose, draw_rows
+from pixart_data.gates import failures
+from pixart_data.inputs import num_rows
+from pixart_data.nouns import NounCounter
+from pixart_data.quality import MEASURES, Inspector
+from pixart_data.records import Reason
+from pixart_data.retries import storage
+from pixart_data.storage import location, staging
+from pixart_data.tagging.engines import Kind, open_engine
+from pixart_data.tagging.references import TextBlobEngine, nltk_name
+from pixart_data.tagging.resources import find_resources
+
+__all__ = ["HTML_FILE", "JSON_FILE", "plan", "read_stats", "run"]
 
 STAGE = "stats"
-JSON_FILE = REPORT
-HTML_FILE = "report.html"
-_COUNTS = "counts"
+VERSION = 2
+"""Of what a unit's files and record hold; units of another one are redone."""
 
+_SIZES = (("width_px", "width"), ("height_px", "height"))
+_PATIENCE_S = 5.0  # of whoever waits for a first line
+_TRIED_OUT = ("Two dogs run. A red house stands to the left of the tree.", None)
 
-@dataclass(frozen=True)
-class CountUnit:
-    """A unit: one file of one set."""
-
-    id: str
-    set_name: str
-    file: CaptionFile
-    column: str
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes when the file does."""
-        return self.file.fingerprint
+log = logging.getLogger(__name__)
 
 
 class StatsStage:
-    """Counts the nouns of one file after another."""
+    """Tags, counts and measures the captions of one file after another.
 
-    def __init__(self, root: Path, kind: Any) -> None:
-        self.root = root
-        self.tagger = build_tagger(kind)
+    Args:
+        tagger: Name of the engine that the job was planned with.
+        num_rows: Of all sets together; decides which share of them is measured in tokens.
+    """
+
+    def __init__(self, job: Stats, kind: Kind, tagger: str, num_rows: int) -> None:
+        self.job, self.root = job, location(job.output)
+        self.engine = open_engine(kind)
+        if self.engine.name != tagger:
+            raise ConfigError(
+                f"noun tagger: expected {tagger}, as where the job was planned, found {self.engine.name} on this "
+                "machine; install one version everywhere"
+            )
+        self.counter = NounCounter(tagger, self.engine.approximate, self.engine.vocabulary)
+        self.inspector = Inspector(self.engine.vocabulary)
+        self.lengths = lengths_of(job, num_rows)
+        self._measure(Rows(0, pa.nulls(2, pa.string()), pa.array(_TRIED_OUT), {}))  # compiles what is not yet
+        self._forget()
 
     def __call__(self, unit: CountUnit, report: Report) -> Record:
-        """Write the file's table of counts and return its record."""
-        rejected: Counter[str] = Counter()
-        num_rows = 0
+        """Write the file's tables of counts and measures, and return its record."""
+        try:
+            return self._do(unit, report)
+        finally:  # what a failure leaves behind is not the next unit's
+            self._forget()
 
-        def captions() -> Iterator[str | None]:
-            nonlocal num_rows
-            for row in read_captions(unit.file, unit.column, need_key=False):
-                num_rows += 1
-                if row.error is not None:
-                    rejected[str(row.error)] += 1
-                report(num_rows, rejected.total())
-                yield row.caption
+    def _do(self, unit: CountUnit, report: Report) -> Record:
+        facts, rejected, rows_in = Facts(), Counter[str](), 0
+        drawn: list[Row] = []
+        with ExitStack() as stack:
+            table = MeasuresTable(stack, self.root, unit.id) if self.job.measures else None
+            for rows in read_columns(unit.file, unit.column, unit.texts, () if unit.is_raw else _SIZES):
+                measures, failed = self._measure(rows)
+                facts.add(rows, measures, failed)
+                if table is not None:
+                    table.write(rows.keys, measures, failed)
+                self._measure_images(unit, rows, facts)
+                drawn += self._draw(unit, rows)
+                rows_in += len(rows.captions)
+                rejected += _rejected(rows)
+                report(rows_in, rejected.total())
+            files = [publish_table(self.counter.take().to_table(), self.root, self.root / COUNTS, unit.id)]
+            files += [table.publish()] if table is not None else []
+        files += self._publish_drawn(unit, drawn)
+        facts.totals.openers.merge(self.inspector.take_openers())
+        facts.lengths = self.lengths.take() if self.lengths is not None else None
+        return Record(unit.id, "", {}, rows_in, rows_in - rejected.total(), dict(rejected), files, facts.to_json())
 
-        counts = count_nouns(captions(), self.tagger)
-        file = publish_table(counts.to_table(), self.root, self.root / _COUNTS, unit.id)
-        return Record(unit.id, "", {}, num_rows, num_rows - rejected.total(), dict(rejected), [file])
+    def _measure(self, rows: Rows) -> tuple[pa.RecordBatch, pa.Array]:
+        """Count the nouns of some rows; return their measures and what fails the gate."""
+        block = self.engine.tag(rows.captions)
+        self.counter.add(block)
+        asked, ended = rows.more.get("prompt"), rows.more.get("finish_reason")
+        measures = self.inspector.measure(block, rows.captions, asked, ended)
+        return measures, failures(measures, self.job.gate)
+
+    def _measure_images(self, unit: CountUnit, rows: Rows, facts: Facts) -> None:
+        if not unit.is_raw:
+            facts.add_sizes(rows, self.job.resolution_px)
+        if self.lengths is not None:
+            file = f"{unit.set_name}/{unit.file.id.partition('~')[0]}"
+            self.lengths.add(rows.captions, rows.first, file)
+
+    def _draw(self, unit: CountUnit, rows: Rows) -> list[Row]:
+        gallery = self.job.gallery
+        if gallery is None or unit.is_raw or "beside" not in rows.more:
+            return []
+        return draw_rows(rows.keys, rows.more["beside"], rows.captions, gallery.num_pictures, gallery.seed)
+
+    def _publish_drawn(self, unit: CountUnit, drawn: list[Row]) -> list[PublishedFile]:
+        if self.job.gallery is None or not drawn:
+            return []
+        chosen = choose(drawn, self.job.gallery.num_pictures, self.job.gallery.seed)
+        table = pa.Table.from_pylist([vars(row) for row in chosen])
+        return [publish_table(table, self.root, self.root / DRAWN, unit.id)]
+
+    def _forget(self) -> None:
+        self.counter.take()
+        self.inspector.take_openers()
+        if self.lengths is not None:
+            self.lengths.take()
 
 
-def prepare(job: Stats, download: bool) -> Run:
-    """Find the files of every set; the tagger is decided here, once for all workers."""
+class MeasuresTable:
+    """The measures of a unit's captions, written as they come.
+
+    Args:
+        stack: Ends with the unit: an unfinished table is gone then.
+    """
+
+    schema = pa.schema([pa.field("key", pa.string()), *MEASURES, pa.field("failures", pa.list_(pa.string()))])
+
+    def __init__(self, stack: ExitStack, root: Path, unit: str) -> None:
+        self._root, self._unit = root, unit
+        self._staged = stack.enter_context(staging(root / QUALITY, f"{unit}.parquet"))
+        self._writer = stack.enter_context(pq.ParquetWriter(self._staged, self.schema, compression="zstd"))
+
+    def write(self, keys: pa.Array, measures: pa.RecordBatch, failed: pa.Array) -> None:
+        """Add rows."""
+        with storage(self._root / QUALITY):
+            self._writer.write_batch(pa.record_batch([keys, *measures.columns, failed], schema=self.schema))
+
+    def publish(self) -> PublishedFile:
+        """Put the finished table in its place."""
+        with storage(self._root / QUALITY):
+            self._writer.close()
+        return publish(self._staged, self._root, self._root / QUALITY, self._unit, ".parquet")
+
+
+def lengths_of(job: Stats, num_rows: int) -> Any:
+    """Return what measures captions in tokens; None where the job does not ask for it.
+
+    Raises:
+        ConfigError: If there is no such tokenizer.
+    """
+    if job.tokenizer is None:
+        return None
+    from pixart_data.lengths import LengthCounter
+
+    return LengthCounter(job.tokenizer, job.max_tokens, num_rows, subfolder=job.tokenizer_subfolder)
+
+
+def _rejected(rows: Rows) -> Counter[str]:
+    """Count the rows without a caption; which of them the table itself rejected is among the facts."""
+    num_absent = rows.captions.null_count
+    return +Counter({str(Reason.NO_CAPTION): num_absent - rows.num_bad, str(Reason.BAD_ROW): rows.num_bad})
+
+
+def prepare(job: Stats, sets: Sets, download: bool) -> Run:
+    """Return the run over the units of all sets; the tagger is decided here, once for all workers.
+
+    Args:
+        download: Whether NLTK's data is fetched where it is missing.
+
+    Raises:
+        ConfigError: If the tokenizer or NLTK's data is not there.
+        DataError: If a file cannot be read.
+    """
     root = location(job.output)
-    units = [unit for caption_set in job.sets for unit in _units(caption_set)]
-    tagger = find_tagger(download=download, approximate=job.approximate)
+    kind: Kind = "textblob" if job.approximate else "nltk"
+    if kind == "nltk":
+        find_resources(download)
+    tagger = TextBlobEngine().name if kind == "textblob" else nltk_name()
+    rows = sum(num_rows(unit.file) for unit in sets.units) if job.tokenizer else 0
+    lengths = lengths_of(job, rows)
+    decided = {
+        "schema": VERSION,
+        "tagger": tagger,
+        "measures": job.measures,
+        "gate": job.gate.model_dump(),
+        "resolution_px": job.resolution_px,
+        "tokenizer": None if lengths is None else [lengths.take().identity, job.max_tokens],
+    }
     return Run(
         stage=STAGE,
         root=root,
-        units=units,
-        settings=lambda unit: {
-            "schema": SCHEMA_VERSION,
-            "tagger": tagger.name,
-            "column": unit.column,
-            "set": unit.set_name,
-            "shard": unit.fingerprint,
-        },
-        build=partial(StatsStage, root, tagger.kind),
+        units=sets.units,
+        settings=partial(_settings, job, decided),
+        build=partial(StatsStage, job, kind, tagger, rows),
         cluster=job.cluster,
-        swept=[root / _COUNTS],
-        count=lambda unit: count_captions(unit.file),
+        swept=[root / COUNTS, root / QUALITY, root / DRAWN],
+        count=lambda unit: num_rows(unit.file),
         per_cpu=True,
         judged=False,  # an image without a caption of its own is no fault of the counting
     )
 
 
+def _settings(job: Stats, decided: dict[str, Any], unit: CountUnit) -> dict[str, Any]:
+    own: dict[str, Any] = {
+        "column": unit.column,
+        "beside": unit.beside,
+        "set": unit.set_name,
+        "shard": unit.fingerprint,
+    }
+    if job.gallery is not None and unit.beside and not unit.is_raw:
+        own["gallery"] = [job.gallery.num_pictures, job.gallery.seed]
+    return {**decided, **own}
+
+
 def plan(job: Stats) -> list[tuple[Run, Plan]]:
     """Return what the job would do; nothing is downloaded."""
-    run = prepare(job, download=False)
+    run = prepare(job, find_sets(job), download=False)
     return [(run, make_plan(run))]
 
 
 def run(job: Stats) -> list[tuple[Run, Account]]:
     """Do the job and write the report."""
-    prepared = prepare(job, download=job.download_nltk)
-    return [(prepared, execute(prepared, job, lambda records: _write_report(job, prepared, records)))]
+    sets = find_sets(job)
+    prepared = prepare(job, sets, download=job.download_nltk)
+    if make_plan(prepared).todo:
+        _announce(prepared)
+    account = execute(prepared, job, partial(write_findings, job, sets))
+    for corpus in read_stats(job):
+        if corpus.language.get("flagged"):
+            log.warning(
+                "%s: %s: %.0f%% of the captions looked at are not in English, which is all that the tagger knows: its "
+                "figures mean little (languages: %s)",
+                STAGE,
+                corpus.name,
+                100 * corpus.language["share_other"],
+                ", ".join(f"{code} {count}" for code, count in corpus.language["most"]),
+            )
+    return [(prepared, account)]
 
 
-def read_stats(job: Stats) -> dict[str, NounStats]:
-    """Return the figures of a finished job, a row for each set in the job's order."""
-    return from_json(json.loads(read_bytes(location(job.output) / JSON_FILE)))
+def _announce(prepared: Run) -> None:
+    """Say which engine counts, and why; what must be compiled is compiled here, for the workers of this machine."""
+    patience = threading.Timer(
+        _PATIENCE_S, log.info, ["%s: compiling the tagger, once on a machine; it can take a minute", STAGE]
+    )
+    patience.daemon = True
+    patience.start()
+    try:
+        stage: Any = prepared.build()
+    finally:
+        patience.cancel()
+    if stage.engine.approximate:  # the other engines have said so themselves
+        log.info("%s: %s, as `approximate` asks; figures are marked with ~", STAGE, stage.engine.name)
 
 
-def _units(caption_set: CaptionSet) -> Iterator[CountUnit]:
-    name = encode_name(caption_set.name, max_length=60)
-    files = caption_files(location(caption_set.path), f"sets.{caption_set.name}.path")
-    require_columns(files, f"sets.{caption_set.name}.column", caption_set.column, need_key=False)
-    for file in files:
-        yield CountUnit(f"{name}--{file.id}", caption_set.name, file, caption_set.column)
-
-
-def _write_report(job: Stats, run: Run, records: list[Record]) -> None:
-    stats = _summaries(job, run.units, {record.unit: record for record in records})
-    text = json.dumps(to_json(stats), indent=1, ensure_ascii=False)
-    write_atomic(run.root / JSON_FILE, text.encode("utf-8", errors="replace"))
-    write_atomic(run.root / HTML_FILE, html_page(stats).encode("utf-8", errors="replace"))
-
-
-def _summaries(job: Stats, units: Any, records: Mapping[str, Record]) -> dict[str, NounStats]:
-    counts: dict[str, NounCounts] = {}
-    for unit in units:
-        [file] = records[unit.id].files
-        part = NounCounts.from_table(read_table(location(job.output) / file.path))
-        counts[unit.set_name] = counts[unit.set_name].merge(part) if unit.set_name in counts else part
-    return {name: summarise(count) for name, count in counts.items()}
+def read_stats(job: Stats) -> list[Corpus]:
+    """Return what a finished job found of each set, in the order of the report."""
+    return read_findings(location(job.output))

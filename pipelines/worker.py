@@ -45,6 +45,26 @@ class Retrying(Stage, Protocol):
         """
 
 
+class Amending(Stage, Protocol):
+    """A stage that can do what a done unit still lacks."""
+
+    def amend(self, unit: Any, record: Record, report: Report) -> Record:
+        """Do what is missing; return the record that replaces `record`."""
+
+
+@dataclass(frozen=True)
+class Amend:
+    """A unit that is done but for something that the job has come to ask for since."""
+
+    unit: Any
+    record: Record
+
+    @property
+    def id(self) -> str:
+        """The unit's name."""
+        return str(self.unit.id)
+
+
 @dataclass(frozen=True)
 class Retry:
     """A unit of which only some rejected rows are to be done again."""
@@ -127,10 +147,12 @@ class Worker:
 
 
 def _do(stage: Any, unit: Work, report: Report) -> Record:
-    """Do a unit or its rejected rows; an input that could not be read for reasons that may pass is no fault of it."""
+    """Do a unit, or some of it; an input that could not be read for reasons that may pass is no fault of it."""
     try:
         if isinstance(unit, Retry):
             record: Record = stage.retry(unit.unit, unit.reasons, unit.record, report)
+        elif isinstance(unit, Amend):
+            record = stage.amend(unit.unit, unit.record, report)
         else:
             record = stage(unit, report)
     except DataError as error:

@@ -12,16 +12,21 @@ from typing import Any
 
 import torch
 from PIL import Image
+from transformers import LogitsProcessorList
 
 from pixart_data import sections
 from pixart_data.batches import Halving
+from pixart_data.drawing import Drawing
 from pixart_data.errors import ConfigError
 from pixart_data.models import loading, placement, provenance, require_weights
-from pixart_data.questions import Answers, Caption, NoCaption, ask, moderate, unasked
+from pixart_data.questions import MAIN, Answers, Caption, Decoding, NoCaption, ask, moderate, unasked
 from pixart_data.records import Reason
 
 SETTING = "captioner.model"
 _CANARIES = ("red", "blue")
+
+Asked = tuple[Image.Image, str, "Decoding | None", int]
+"""A picture, the prompt, how to draw the answer (None: as the section says), and the seed of that."""
 
 
 class Captioner:
@@ -110,8 +115,11 @@ class Captioner:
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """Add a column `answers` to the columns that `questions` names; `image` holds RGB pictures of any size.
 
-        One batch is generated for each column of captions; the pictures are decoded once for all.
+        One batch is generated for each column of captions; the pictures are decoded once for all. With a column
+        `decoding` only the main question is asked, in a batch for each way of decoding.
         """
+        if "decoding" in batch:
+            return batch | {"answers": self._again(batch)}
         if self.config.temperature > 0:
             torch.manual_seed(batch["seed"][0])
         answers: list[Answers] = [{} for _ in batch["image"]]
@@ -123,6 +131,18 @@ class Captioner:
                 row[name] = unasked() if prompt is None else self._checked(next(found))
         return batch | {"answers": answers}
 
+    def _again(self, batch: dict[str, list[Any]]) -> list[Answers]:
+        answers: list[Answers] = [{} for _ in batch["image"]]
+        for decoding in dict.fromkeys(batch["decoding"]):
+            places = [place for place, other in enumerate(batch["decoding"]) if other == decoding]
+            asked: list[Asked] = []
+            for place in places:
+                prompt = ask(self.config, MAIN, batch["raw_caption"][place], self._special)
+                asked.append((moderate(batch["image"][place]), prompt or "", decoding, batch["seed"][place]))
+            for place, caption in zip(places, self._describe(asked), strict=True):
+                answers[place] = {MAIN: self._checked(caption)}
+        return answers
+
     def _checked(self, caption: Caption) -> Caption | NoCaption:
         num_words = self._num_words(caption.prompt) if self._has_template else 0
         if (caption.num_prompt_tokens or 0) > num_words:
@@ -132,21 +152,16 @@ class Captioner:
 
     def describe(self, images: list[Image.Image], prompts: list[str]) -> list[Caption]:
         """Return one caption for each image; they are generated as one batch, or as several where memory is short."""
-        rows = [(moderate(image), prompt) for image, prompt in zip(images, prompts, strict=True)]
-        return self._describe(rows) if rows else []
+        asked: list[Asked] = [(moderate(image), prompt, None, 0) for image, prompt in zip(images, prompts, strict=True)]
+        return self._describe(asked) if asked else []
 
     @torch.inference_mode()
-    def _generate(self, rows: list[tuple[Image.Image, str]]) -> list[Caption]:
-        images, prompts = [image for image, _ in rows], [prompt for _, prompt in rows]
+    def _generate(self, asked: list[Asked]) -> list[Caption]:
+        """Answer what is asked with one way of decoding."""
+        images, prompts, decodings, seeds = (list(column) for column in zip(*asked, strict=True))
         inputs = self._inputs(images, prompts)
-        sampling: dict[str, Any] = {"do_sample": False}
-        if self.config.temperature > 0:
-            sampling = {"do_sample": True, "temperature": self.config.temperature, "top_p": self.config.top_p}
         output = self.model.generate(
-            **inputs,
-            **sampling,
-            max_new_tokens=self.config.max_new_tokens,
-            pad_token_id=self.tokenizer.pad_token_id,
+            **inputs, **self._sampling(decodings[0], seeds), pad_token_id=self.tokenizer.pad_token_id
         )
         prompts_ids = inputs["input_ids"]
         num_padded = prompts_ids.shape[1]
@@ -156,6 +171,16 @@ class Captioner:
         return [
             self._caption(*fields) for fields in zip(answers, prompts, (int(n) for n in num_prompt_tokens), strict=True)
         ]
+
+    def _sampling(self, decoding: Decoding | None, seeds: list[int]) -> dict[str, Any]:
+        """Return what `generate` is told of the decoding; one that is given is done by a processor of our own."""
+        if decoding is not None:
+            drawing = LogitsProcessorList([Drawing(decoding, seeds)])
+            return {"do_sample": False, "logits_processor": drawing, "max_new_tokens": decoding.max_new_tokens}
+        length = {"max_new_tokens": self.config.max_new_tokens}
+        if self.config.temperature > 0:
+            return {"do_sample": True, "temperature": self.config.temperature, "top_p": self.config.top_p, **length}
+        return {"do_sample": False, **length}
 
     def _count_words(self, prompt: str) -> int:
         """Return the tokens of a prompt that comes without an image."""

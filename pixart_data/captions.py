@@ -6,7 +6,7 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ FORMAT_VERSION = 1
 ROWS_PER_UNIT = 50_000
 """Files with more rows than this are cut into units."""
 
-_SUFFIXES = (".parquet", ".jsonl")
+TABLES = (".parquet", ".jsonl")
+
 _ROWS_PER_READ = 4096
 _KEY = re.compile(r"[A-Za-z0-9_%~-]+(/[A-Za-z0-9_%~-]+)*")
 
@@ -59,6 +60,10 @@ class CaptionRow:
     detail: str = ""
 
 
+Cut = Callable[[str, Path, int], list[CaptionFile]]
+"""Cuts the file at a path into units of a name, of so many rows."""
+
+
 def seal_captions(root: Path, records: Sequence[Record]) -> None:
     """Write the manifest of a finished table of captions: which parts make it up."""
     parts = [{"unit": record.unit, **asdict(file)} for record in records for file in record.files]
@@ -66,11 +71,15 @@ def seal_captions(root: Path, records: Sequence[Record]) -> None:
     write_atomic(root / MANIFEST, json.dumps(manifest, indent=1).encode())
 
 
-def caption_files(path: Path, setting: str) -> list[CaptionFile]:
+def caption_files(
+    path: Path, setting: str, suffixes: Sequence[str] = TABLES, cut: Cut | None = None
+) -> list[CaptionFile]:
     """Return the units at `path` (a file, a folder, or the output directory of `caption`), in the order of their names.
 
     Args:
         setting: The job file's key that holds the path, for messages.
+        suffixes: Of the files to read.
+        cut: Cuts a file into units; `slices` if None.
 
     Raises:
         ConfigError: If there is nothing to read.
@@ -80,20 +89,25 @@ def caption_files(path: Path, setting: str) -> list[CaptionFile]:
         parts = _sealed_parts(path)
         return [CaptionFile(part["unit"], str(path / part["path"]), part["sha256"]) for part in parts]
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.suffix in _SUFFIXES and not p.name.startswith("."))
-        relative = [p.relative_to(path) for p in found]
-        stems = Counter(p.with_suffix("") for p in relative)
-        names = [p if stems[p.with_suffix("")] > 1 else p.with_suffix("") for p in relative]
-        files = [(encode_name(name.as_posix()), p) for name, p in zip(names, found, strict=True)]
-    elif exists(path) and path.suffix in _SUFFIXES:
+        files = named_files(sorted(p for p in path.rglob("*") if p.suffix in suffixes), path)
+    elif exists(path) and path.suffix in suffixes:
         files = [(encode_name(path.stem), path)]
     elif path.exists():
-        raise ConfigError(f"{setting}: expected .parquet, .jsonl or a folder of them, found {path}")
+        raise ConfigError(f"{setting}: expected {', '.join(suffixes)} or a folder of them, found {path}")
     else:
         raise ConfigError(f"{setting}: no such file or folder: {path}; run `pixart caption` first, or check the path")
     if not files:
-        raise ConfigError(f"{setting}: {path} holds no .parquet or .jsonl file; run `pixart caption` first")
-    return [unit for name, p in files for unit in slices(name, p, ROWS_PER_UNIT)]
+        raise ConfigError(f"{setting}: {path} holds no {' or '.join(suffixes)} file; run `pixart caption` first")
+    return [unit for name, p in files for unit in (cut or slices)(name, p, ROWS_PER_UNIT)]
+
+
+def named_files(paths: Sequence[Path], root: Path) -> list[tuple[str, Path]]:
+    """Return files with names for units, by their paths below `root`; hidden files are left out."""
+    found = [p for p in paths if not p.name.startswith(".")]
+    relative = [p.relative_to(root) for p in found]
+    stems = Counter(p.with_suffix("") for p in relative)
+    names = [p if stems[p.with_suffix("")] > 1 else p.with_suffix("") for p in relative]
+    return [(encode_name(name.as_posix()), p) for name, p in zip(names, found, strict=True)]
 
 
 def _sealed_parts(root: Path) -> list[dict[str, Any]]:
@@ -119,7 +133,7 @@ def slices(name: str, path: Path, rows_per_unit: int) -> list[CaptionFile]:
     Raises:
         DataError: If the file cannot be read.
     """
-    base = _fingerprint(path)
+    base = fingerprint(path)
     cuts = (_parquet_cuts if path.suffix == ".parquet" else _jsonl_cuts)(path, rows_per_unit)
     if len(cuts) <= 1:
         return [CaptionFile(name, str(path), base)]
@@ -130,7 +144,7 @@ def slices(name: str, path: Path, rows_per_unit: int) -> list[CaptionFile]:
 
 
 def _parquet_cuts(path: Path, rows_per_unit: int) -> list[tuple[int, int, int]]:
-    with _parquet(path) as table:
+    with open_parquet(path) as table:
         num_rows = table.metadata.num_rows
     return [(start, min(start + rows_per_unit, num_rows), 0) for start in range(0, num_rows, rows_per_unit)]
 
@@ -205,14 +219,15 @@ def count_captions(file: CaptionFile) -> int:
     if file.stop >= 0:
         return file.stop - file.start
     if file.path.endswith(".parquet"):
-        with _parquet(location(file.path)) as table:
+        with open_parquet(location(file.path)) as table:
             return int(table.metadata.num_rows)
     with local_copy(location(file.path)) as copy, copy.open("rb") as lines:
         return sum(bool(line.strip()) for line in lines)
 
 
 @contextlib.contextmanager
-def _parquet(path: Path) -> Iterator[pq.ParquetFile]:
+def open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
+    """Give a Parquet file of any storage; what goes wrong within is a DataError that names it."""
     try:
         with local_copy(path) as copy, pq.ParquetFile(copy) as file:
             yield file
@@ -221,10 +236,10 @@ def _parquet(path: Path) -> Iterator[pq.ParquetFile]:
 
 
 def _parquet_rows(part: CaptionFile, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    with _parquet(location(part.path)) as file:
+    with open_parquet(location(part.path)) as file:
         names = file.schema_arrow.names
         stop = part.stop if part.stop >= 0 else file.metadata.num_rows
-        groups, number = _row_groups(file.metadata, part.start, stop)
+        groups, number = row_groups(file.metadata, part.start, stop)
         wanted = [name for name in columns if name in names]
         for batch in file.iter_batches(_ROWS_PER_READ, row_groups=groups, columns=wanted):
             skipped = min(max(part.start - number, 0), batch.num_rows)  # of a row group that holds several slices
@@ -234,7 +249,7 @@ def _parquet_rows(part: CaptionFile, columns: Sequence[str]) -> Iterator[tuple[i
                 number += 1
 
 
-def _row_groups(metadata: pq.FileMetaData, start: int, stop: int) -> tuple[list[int], int]:
+def row_groups(metadata: pq.FileMetaData, start: int, stop: int) -> tuple[list[int], int]:
     """Return the row groups that hold the rows from start to stop, and the number of their first row."""
     ends = list(itertools.accumulate(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)))
     begins = [0, *ends[:-1]] if ends else []
@@ -284,7 +299,7 @@ def require_columns(files: Sequence[CaptionFile], setting: str, column: str, nee
 
 def _first_names(path: Path) -> list[str] | None:
     if path.suffix == ".parquet":
-        with _parquet(path) as table:
+        with open_parquet(path) as table:
             return list(table.schema_arrow.names)
     with local_copy(path) as copy, copy.open("rb") as lines:
         rows = (_parse(line) for line in lines)
@@ -292,7 +307,8 @@ def _first_names(path: Path) -> list[str] | None:
     return None if first is None else list(first)
 
 
-def _fingerprint(path: Path) -> str:
+def fingerprint(path: Path) -> str:
+    """Return what changes when the content of a file does."""
     if is_remote(path):
         return remote_fingerprint(path)
     size_bytes = path.stat().st_size

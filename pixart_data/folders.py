@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 
 from pixart_data.errors import ConfigError
 from pixart_data.places import Place
@@ -60,8 +60,11 @@ def find_folder(path: str, name: str, source: Source, place: Place) -> list[Unit
     return units
 
 
-def read_folder(unit: Unit, with_images: bool) -> Iterator[Sample]:
+def read_folder(unit: Unit, with_images: bool, wanted: Set[str] | None = None) -> Iterator[Sample]:
     """Yield the images of a slice in order.
+
+    Args:
+        wanted: Only the samples with these keys.
 
     Raises:
         DataError: If the storage fails.
@@ -73,7 +76,8 @@ def read_folder(unit: Unit, with_images: bool) -> Iterator[Sample]:
 
     keys = (f"{unit.name}/{key}" for key in _keys(unit.files, unit.file_before))
     paths = (os.path.join(unit.path, file) for file in unit.files)
-    yield from read_ahead(load, zip(keys, paths, strict=True), is_url(unit.path))
+    named = (pair for pair in zip(keys, paths, strict=True) if wanted is None or pair[0] in wanted)
+    yield from read_ahead(load, named, is_url(unit.path))
 
 
 def _keys(files: Sequence[str], before: str) -> list[str]:

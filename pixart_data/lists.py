@@ -10,7 +10,7 @@ import json
 import os
 import re
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -101,8 +101,11 @@ def find_list(path: str, name: str, source: Source, place: Place) -> list[Unit]:
     return units
 
 
-def read_list(unit: Unit, source: Source, with_images: bool) -> Iterator[Sample]:
+def read_list(unit: Unit, source: Source, with_images: bool, keys: Set[str] | None = None) -> Iterator[Sample]:
     """Yield the rows of a slice in order.
+
+    Args:
+        keys: Only the samples with these.
 
     Raises:
         DataError: If the list is no longer what `find_list` saw.
@@ -114,15 +117,17 @@ def read_list(unit: Unit, source: Source, with_images: bool) -> Iterator[Sample]
     repeats = dict(unit.repeats)
     folder = os.path.dirname(unit.path)
 
-    def load(numbered: tuple[int, _Entry]) -> Sample:
-        index, entry = numbered
-        key = f"{unit.name}/{entry.name}" + (f"~{repeats[index]}" if index in repeats else "")
+    def load(named: tuple[str, _Entry]) -> Sample:
+        key, entry = named
         if entry.problem:
             return rejected(key, Reason.BAD_ROW, entry.problem, entry.caption)
         return load_sample(key, join(folder, entry.path), entry.caption, with_images)
 
     remote = is_url(unit.path) or any(is_url(entry.path) for entry in entries)
-    yield from read_ahead(load, enumerate(entries), remote and with_images)
+    suffixes = (f"~{repeats[index]}" if index in repeats else "" for index in range(len(entries)))
+    named = ((f"{unit.name}/{entry.name}{end}", entry) for entry, end in zip(entries, suffixes, strict=True))
+    wanted = (pair for pair in named if keys is None or pair[0] in keys)
+    yield from read_ahead(load, wanted, remote and with_images)
 
 
 def read_rows(unit: Unit, source: Source) -> Iterator[tuple[str, Mapping[str, Any] | str]]:

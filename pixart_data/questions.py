@@ -2,12 +2,13 @@
 
 An engine is called with a batch of columns `image` (what its own `prepare` made of a picture), `raw_caption` (may be
 None) and `seed` (of the sampling; greedy decoding ignores it). It adds a column `answers`: for each image a dict from
-the names of `Captioner.questions` to a `Caption` or `NoCaption`.
+the names of `Captioner.questions` to a `Caption` or `NoCaption`. With a column `decoding` it asks the main question
+only, and draws each answer as that says, from the row's own seed: what else is in the batch decides nothing then.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pixart_data.records import Reason
 from pixart_data.sections import Captioner
@@ -47,6 +48,41 @@ class NoCaption:
 
 
 Answers = dict[str, Caption | NoCaption]
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How an answer is drawn that is asked for again, in place of what the section says.
+
+    Attributes:
+        temperature: 0 decodes greedily.
+        top_p: Share of the probability that sampling draws from.
+        frequency_penalty: Taken off a token's score for each time that the answer has it already, as OpenAI's API has
+            it.
+    """
+
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    frequency_penalty: float = 0.0
+
+
+def columns(name: str, answer: Caption | NoCaption) -> dict[str, Any]:
+    """Return the columns of a table of captions for one answer: `caption_short`, `num_tokens_short` ...
+
+    Args:
+        name: Of the question, which is the name of the column of captions.
+    """
+    suffix = name.removeprefix(MAIN)
+    if isinstance(answer, NoCaption):
+        return {f"error{suffix}": str(answer.reason)}
+    return {
+        f"caption{suffix}": answer.text or None,
+        f"finish_reason{suffix}": answer.finish_reason,
+        f"num_prompt_tokens{suffix}": answer.num_prompt_tokens,
+        f"num_tokens{suffix}": answer.num_tokens,
+        f"error{suffix}": None if answer.text else str(Reason.EMPTY_CAPTION),
+    }
 
 
 def ask(config: Captioner, name: str, raw_caption: str | None, special: Iterable[str]) -> str | None:

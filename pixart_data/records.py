@@ -72,6 +72,9 @@ CAPTIONS = pa.schema(
         ("width_px", pa.int32()),  # after the EXIF rotation
         ("height_px", pa.int32()),
         ("image_ops", pa.string()),  # what was done to get RGB pixels: "exif6,icc,cmyk", "" for nothing
+        ("gate", pa.list_(pa.string())),  # what the caption fails; [] if it passes, null if it was not judged
+        ("gate_first", pa.list_(pa.string())),  # what the first answer failed
+        ("num_attempts", pa.int32()),  # how often it was asked for; null if it was not judged
     ]
 )
 
@@ -170,4 +173,12 @@ KEPT = pa.schema([("key", pa.string())])
 
 REJECTED = pa.schema([("key", pa.string()), ("error", pa.string()), ("detail", pa.string())])
 
-NOUNS = pa.schema([("surface", pa.string()), ("tag", pa.string()), ("count", pa.int64())])
+NOUNS = pa.schema(
+    [
+        ("surface", pa.large_string()),  # as in the captions
+        ("tag", pa.string()),  # NN, NNP, NNPS or NNS
+        ("count", pa.int64()),  # how often it occurs
+        ("captions", pa.int64()),  # how many captions hold it
+        ("first_captions", pa.int64()),  # of these, where no noun of the same lower case comes before it
+    ]
+)

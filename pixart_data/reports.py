@@ -1,231 +1,375 @@
-"""The noun report: Table 1 of the PixArt-alpha paper with the user's caption sets on top.
+"""The noun report: Table 1 of the PixArt-alpha paper with the user's caption sets on top, and what stands behind it.
 
-The same rows as a terminal table, as JSON (`stats.json`) and as one self-contained HTML page (`report.html`).
-Figures of an approximate tagger carry a `~` and a line that says why, in all three.
+One self-contained page: no scripts, no fonts, no network; and the first table again for terminals. Approximate sets are
+marked in both, and stand apart from the paper's rows, which another tagger counted.
 """
 
-import platform
-from collections.abc import Mapping
-from dataclasses import asdict, fields
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+import base64
+import textwrap
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
+from pixart_data.corpora import PAPER, PAPER_CAPTIONS, PAPER_ROWS, Corpus, made_with, notes
 from pixart_data.errors import DataError
-from pixart_data.nouns import APPROXIMATE_DEFINITION, DEFINITION, NounStats
+from pixart_data.listings import (
+    COLUMNS,
+    Group,
+    badges,
+    equal_size_table,
+    label,
+    mark,
+    named,
+    pair_table,
+    paper_figures,
+    sizes_compared,
+    table,
+    table_1,
+    table_1_figures,
+    threshold_table,
+    view_table,
+)
+from pixart_data.nouns import DEFINITION, definition
 from pixart_data.pages import bar, escaped, page, printable
+from pixart_data.plots import figures
+from pixart_data.renderings import STYLE, Plot, compact, num_cells, shortened
+from pixart_data.scorecards import quality_sections
 
-FORMAT = "pixart-stats"
-VERSION = 1
-PAPER = "PixArt-alpha, Table 1"
+if TYPE_CHECKING:
+    from pixart_data.galleries import Exhibit
 
-_PAPER_CAPTIONS = 11_200_000
-_COMPARABLE_RATIO = 1.5
-_LABEL_CHARS = 40
-_COLUMNS = ("Dataset", "Captions", "VN", "DN", "VN/DN", "Total nouns", "Nouns/image")
+_TERMINAL_CHARS = 120
+_NAME_CHARS = 28
+_GAP = "  "
+_TOP, _TOP_OF_MANY, _MANY = 50, 20, 3
+_GAINED = 40
+_APPROXIMATE = (
+    "Approximate: against NLTK, averages differ by up to about 3% and DN by about 13%. Do not compare with figures "
+    "counted by NLTK, the paper's among them."
+)
 
 
-def _paper_row(valid: int, distinct: int, vn_dn: float, total: int, per_image: float) -> NounStats:
-    return NounStats(
-        num_captions=_PAPER_CAPTIONS,
-        num_empty=0,
-        distinct_nouns=distinct,
-        valid_nouns=valid,
-        vn_dn=vn_dn,
-        total_nouns=total,
-        nouns_per_image=per_image,
-        approximate=False,
-        tagger="nltk, version not published",
+def require_one_kind(corpora: Sequence[Corpus]) -> None:
+    """Make sure that sets may stand in one table.
+
+    Raises:
+        DataError: If some were counted exactly and others approximately.
+    """
+    rough = [corpus.name for corpus in corpora if corpus.stats.approximate]
+    exact = [corpus.name for corpus in corpora if not corpus.stats.approximate]
+    if rough and exact:
+        raise DataError(
+            f"report: expected sets that compare, found {printable(exact[0])} counted by NLTK and "
+            f"{printable(rough[0])} counted approximately; run `pixart stats` on both, with --approximate or without"
+        )
+
+
+def terminal_table(corpora: Sequence[Corpus]) -> str:
+    """Render the sets, then the paper's rows, as aligned columns with footnotes; ends without a line break.
+
+    No line is longer than 120 characters. Where sets differ in size, two columns more give their figures
+    in random subsets as large as the smallest.
+
+    Raises:
+        DataError: If exact and approximate sets are mixed.
+    """
+    require_one_kind(corpora)
+    approximate = any(corpus.stats.approximate for corpus in corpora)
+    size, at_size = _common_size(corpora)
+    extra = (f"DN @{compact(size)}", f"VN/DN @{compact(size)}") if size else ()
+    rows = [("Captions of", *COLUMNS, *extra)]
+    for corpus in corpora:
+        more = at_size.get(corpus.name, ("",) * len(extra))
+        rows.append((printable(corpus.name), *table_1_figures(corpus.stats), *more))
+    split = len(rows)
+    rows += [(f"{name} (paper)", *paper_figures(stats), *("-" for _ in extra)) for name, stats in PAPER_ROWS.items()]
+    widths = [max(num_cells(row[i]) for row in rows) for i in range(len(rows[0]))]
+    room = _TERMINAL_CHARS - sum(width + len(_GAP) for width in widths[1:])
+    widths[0] = min(widths[0], room, _NAME_CHARS)
+    lines = [_aligned((shortened(row[0], widths[0]), *row[1:]), widths) for row in rows]
+    if approximate:
+        lines.insert(split, "not comparable with these, which NLTK counted:")
+    lines.insert(1, _GAP.join("-" * width for width in widths))
+    told = [f"@{compact(size)}: in random subsets of {size:,} captions, which compare with each other."] if size else []
+    footnotes = [textwrap.fill(words, _TERMINAL_CHARS) for words in (*notes(corpora), *told, *_foreign(corpora))]
+    return "\n".join([*lines, "", *footnotes])
+
+
+def html_page(corpora: Sequence[Corpus], gallery: Sequence["Exhibit"] = ()) -> str:
+    """Render one page that needs nothing else.
+
+    Args:
+        corpora: In the order of the report; two of one name cannot be told apart.
+        gallery: Pictures with their captions.
+
+    Raises:
+        DataError: If exact and approximate sets are mixed.
+    """
+    require_one_kind(corpora)
+    plots = figures(corpora)
+    blocks = [
+        *_opening(corpora),
+        *_nouns(corpora, plots),
+        *_pairs(corpora),
+        *_most_frequent(corpora),
+        *quality_sections(corpora, plots["quality"].html() if "quality" in plots else ""),
+        *_lengths(corpora, plots),
+        *_frames(corpora, plots),
+        *_rejections(corpora),
+        *_gallery(gallery),
+        *_definition(corpora),
+    ]
+    return page("Noun statistics", blocks, STYLE + _STYLE)
+
+
+def _opening(corpora: Sequence[Corpus]) -> Iterator[str]:
+    total = sum(corpus.stats.num_captions for corpus in corpora)
+    sets = f"{len(corpora)} set{'s' * (len(corpora) != 1)}"
+    yield "<h1>Noun statistics of captions</h1>"
+    yield f"<p class=lead>{total:,} captions in {sets}: how dense they are in nouns, beside the rows of {PAPER}.</p>"
+    if any(corpus.stats.approximate for corpus in corpora):
+        taggers = ", ".join(dict.fromkeys(corpus.stats.tagger for corpus in corpora))
+        yield f"<p class=alarm>Counted with {escaped(taggers)}. {_APPROXIMATE}</p>"
+    yield from (f"<p class=alarm>{escaped(words)}</p>" for words in _foreign(corpora))
+
+
+def _nouns(corpora: Sequence[Corpus], plots: dict[str, Plot]) -> Iterator[str]:
+    yield "<h2>Noun density</h2>"
+    yield table_1(corpora)
+    yield from (f"<p class=note>{escaped(note)}</p>" for note in notes(corpora))
+    yield "<h2>Sample size</h2>"
+    yield f"<p class='note strong'>{escaped(_comparable(corpora))}</p>"
+    yield equal_size_table(corpora)
+    yield from _plots(plots, "density", "growth", "ranks", "nouns")
+    other = view_table(corpora) + threshold_table(corpora)
+    if other:
+        yield f"<h2>Other ways of counting</h2>{other}"
+
+
+def _comparable(corpora: Sequence[Corpus]) -> str:
+    words = "VN/DN, VN and DN move with the number of captions, so rows of different size above do not compare. "
+    if sizes_compared(corpora):
+        words += "Rows of one size below do: they are what random subsets of that many captions have on average. "
+    words += "Nouns per image compares at any size. "
+    if any(corpus.stats.approximate for corpus in corpora):
+        return f"{words}Nothing here compares with the paper's rows."
+    words += f"The paper's rows are of about {PAPER_CAPTIONS / 1e6:.1f}M captions each"
+    if PAPER_CAPTIONS in sizes_compared(corpora):
+        return f"{words}: compare them at that size."
+    return f"{words}: of sets much smaller or larger, only nouns per image compares with them."
+
+
+def _pairs(corpora: Sequence[Corpus]) -> Iterator[str]:
+    by_name = {corpus.name: corpus for corpus in corpora}
+    pairs = [(c, by_name[c.gained_over]) for c in corpora if c.gained_over is not None and c.gained_over in by_name]
+    if not pairs:
+        return
+    yield "<h2>Raw against re-captioned</h2>"
+    for dense, raw in pairs:
+        yield pair_table(dense, raw)
+        if raw.name == f"{dense.name}-raw":  # how a set is called whose captions are in a column beside the others
+            yield f"<p class=note>{label(raw.name)}: the captions that the same images came with.</p>"
+        yield _gained(dense, raw, _GAINED if len(pairs) == 1 else _TOP_OF_MANY)
+
+
+def _gained(dense: Corpus, raw: Corpus, num_nouns: int) -> str:
+    here, there = label(dense.name), label(raw.name)
+    if not dense.gained:
+        return f"<p class=note>No noun is valid in {here} that is not in {there}.</p>"
+    words = (
+        f"<h3>Gained nouns</h3><p class=note>{dense.num_gained:,} nouns are valid in {here} and not in {there}; "
+        f"{dense.num_lost:,} are the other way round. The most frequent of those gained, how often they occur, and in "
+        "parentheses how often they did:</p>"
     )
+    sign, most = mark(dense.stats), dense.gained[0][1]
+    bars = "".join(
+        bar("own", label(noun), f"{sign}{now:,} ({sign}{before:,})", now / most)
+        for noun, now, before in dense.gained[:num_nouns]
+    )
+    return f"{words}<div class='bars top gained'>{bars}</div>"
 
 
-PAPER_ROWS: Mapping[str, NounStats] = {
-    "LAION": _paper_row(210_000, 2_461_000, 0.085, 72_000_000, 6.4),
-    "LAION-LLaVA": _paper_row(85_000, 646_000, 0.133, 233_900_000, 20.9),
-    "SAM-LLaVA": _paper_row(23_000, 124_000, 0.186, 327_900_000, 29.3),
-    "Internal": _paper_row(152_000, 582_000, 0.261, 136_600_000, 12.2),
-}
-"""The paper's rows as printed, rounding included; the number of captions is derived: total over average."""
+def _most_frequent(corpora: Sequence[Corpus]) -> Iterator[str]:
+    yield "<h2>Most frequent nouns</h2>"
+    for corpus in corpora:
+        yield f"<h3>{named(corpus)}</h3>"
+        nouns = corpus.top[: _TOP if len(corpora) <= _MANY else _TOP_OF_MANY]
+        if not nouns:
+            yield "<p class=note>No nouns were found.</p>"
+            continue
+        sign = mark(corpus.stats)
+        bars = "".join(bar("own", label(noun), f"{sign}{count:,}", count / nouns[0][1]) for noun, count in nouns)
+        yield f"<div class='bars top'>{bars}</div>"
 
 
-def terminal_table(sets: Mapping[str, NounStats]) -> str:
-    """Render the sets, then the paper's rows, as aligned columns with footnotes; ends without a line break."""
-    rows = [_COLUMNS, *_cells(sets)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
-    lines = []
-    for row in rows:
-        figures = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join([row[0].ljust(widths[0]), *figures]))
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join([*lines, "", *_notes(sets)])
+def _lengths(corpora: Sequence[Corpus], plots: dict[str, Plot]) -> Iterator[str]:
+    yield "<h2>Lengths for T5</h2>"
+    rows = [
+        (
+            named(corpus),
+            (
+                f"{lengths['num_captions']:,}",
+                f"{lengths['mean_tokens']:.1f}",
+                f"{lengths['max_tokens']}",
+                f"{lengths['share_truncated']:.2%}",
+                f"{lengths['share_of_tokens_lost']:.2%}",
+                shortened(str(lengths["tokenizer"]), 60),
+            ),
+        )
+        for corpus in corpora
+        if (lengths := corpus.lengths)
+    ]
+    if not rows:
+        yield (
+            "<p class=note>Not measured: run <code>pixart stats</code> again with <code>--tokenizer "
+            "DeepFloyd/t5-v1_1-xxl</code>, or with <code>tokenizer = &quot;...&quot;</code> in the job file.</p>"
+        )
+        return
+    head = ("Captions of", "measured", "mean tokens", "limit", "captions cut", "tokens lost", "tokenizer")
+    yield table("Captions against the token limit", head, [Group("", rows)])
+    yield from _plots(plots, "lengths")
 
 
-def to_json(sets: Mapping[str, NounStats]) -> dict[str, Any]:
-    """Return the report as JSON-able data; every row says its tagger, its definition and whether it is approximate."""
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "definition": DEFINITION,
-        "sets": [_json_row(name, stats) for name, stats in sets.items()],
-        "paper": [{**_json_row(name, stats), "source": PAPER} for name, stats in PAPER_ROWS.items()],
-        "notes": _notes(sets),
-        "made_with": _versions(),
+def _frames(corpora: Sequence[Corpus], plots: dict[str, Plot]) -> Iterator[str]:
+    yield "<h2>Pictures</h2>"
+    rows = [
+        (
+            named(corpus),
+            (
+                f"{frames['num_images']:,}",
+                f"{frames['resolution_px']} px",
+                f"{sum(bucket['count'] > 0 for bucket in frames['buckets'])} of {len(frames['buckets'])}",
+                f"{frames['share_upscaled']:.1%}",
+                f"{frames['crop_loss']['mean']:.1%}",
+                f"{frames['num_without_size']:,}",
+            ),
+        )
+        for corpus in corpora
+        if (frames := corpus.frames)
+    ]
+    if not rows:
+        yield (
+            "<p class=note>No sizes: the tables have no columns of width and height. Those that <code>pixart "
+            "caption</code> writes do.</p>"
+        )
+        return
+    head = ("Pictures of", "number", "trained at", "buckets used", "enlarged", "cropped away", "without a size")
+    yield table("What training at this resolution does to the pictures", head, [Group("", rows)])
+    yield from _plots(plots, "buckets", "resolutions", "crops")
+
+
+def _rejections(corpora: Sequence[Corpus]) -> Iterator[str]:
+    groups = [
+        Group(named(corpus), [(label(reason), (f"{count:,}",)) for reason, count in _by_count(corpus.rejections)])
+        for corpus in corpora
+        if corpus.rejections
+    ]
+    if groups:
+        yield "<h2>Rejected rows</h2>"
+        yield f"<div class=short>{table('Rows without a caption, by reason', ('Reason', 'Rows'), groups)}</div>"
+
+
+def _gallery(gallery: Sequence["Exhibit"]) -> Iterator[str]:
+    if not gallery:
+        return
+    yield "<h2>Pictures with raw and dense captions</h2><div class=gallery>"
+    for exhibit in gallery:
+        picture = base64.b64encode(exhibit.jpeg).decode()
+        yield (
+            f'<figure><img width={exhibit.width} height={exhibit.height} alt="the picture {escaped(exhibit.key)}" '
+            f'src="data:image/jpeg;base64,{picture}"><figcaption><dl><dt>raw</dt><dd dir=auto>{escaped(exhibit.raw)}'
+            f"</dd><dt>dense</dt><dd dir=auto>{escaped(exhibit.dense)}</dd></dl>"
+            f"<p class=note>{escaped(shortened(exhibit.key, 80))}</p></figcaption></figure>\n"
+        )
+    yield "</div>"
+
+
+def _definition(corpora: Sequence[Corpus]) -> Iterator[str]:
+    texts = dict.fromkeys([*(definition(corpus.stats) for corpus in corpora), DEFINITION])
+    versions = ", ".join(f"{name} {number}" for name, number in made_with().items())
+    yield "<h2>Definition</h2>"
+    yield from (f"<p>{escaped(text)}</p>" for text in texts)
+    items = "".join(
+        f"<li>{label(corpus.name)}: {escaped(corpus.stats.tagger)}{badges(corpus)}</li>" for corpus in corpora
+    )
+    yield f"<h2>How this was made</h2><ul>{items}<li>Page: {escaped(versions)}</li></ul>"
+
+
+def _plots(plots: dict[str, Plot], *names: str) -> Iterator[str]:
+    """Those of the figures that there are, side by side where there is room."""
+    drawn = "".join(plots[name].html() for name in names if name in plots)
+    if drawn:
+        yield f"<div class=plots>{drawn}</div>"
+
+
+def _foreign(corpora: Sequence[Corpus]) -> list[str]:
+    return [
+        f"{shortened(corpus.name)}: {corpus.language.get('share_other', 1.0):.0%} of a sample of its captions are not "
+        "in English; the tagger knows English only: these figures mean little."
+        for corpus in corpora
+        if corpus.language.get("flagged")
+    ]
+
+
+def _common_size(corpora: Sequence[Corpus]) -> tuple[int, dict[str, tuple[str, ...]]]:
+    """The size of the smallest set, and by set what goes into the two columns for it; 0 where none compares."""
+    smallest = min((corpus.stats.num_captions for corpus in corpora), default=0)
+    sets = sizes_compared(corpora).get(smallest, [])
+    if len(sets) < 2:
+        return 0, {}
+    return smallest, {
+        corpus.name: (
+            f"{mark(corpus.stats)}{point.distinct_nouns:,.0f}",
+            f"{mark(corpus.stats)}{point.vn_dn:.1%}",
+        )
+        for corpus, point in sets
     }
 
 
-def from_json(report: Mapping[str, Any]) -> dict[str, NounStats]:
-    """Read the user's sets back from what `to_json` made.
-
-    Raises:
-        DataError: If it is something else, or of a version that this toolkit does not know.
-    """
-    found = (report.get("format"), report.get("version"))
-    if found != (FORMAT, VERSION):
-        raise DataError(f"stats.json: expected {FORMAT} version {VERSION}, found {found[0]} version {found[1]}")
-    names = {field.name for field in fields(NounStats)}
-    sets = {}
-    try:
-        for row in report["sets"]:
-            known = {name: value for name, value in row.items() if name in names}
-            top = tuple((noun, count) for noun, count in row["top_nouns"])
-            sets[row["name"]] = NounStats(**{**known, "top_nouns": top})
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"stats.json: a row is damaged ({error!r}); run `pixart stats` again") from error
-    return sets
+def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
+    padding = [" " * (width - num_cells(cell)) for cell, width in zip(row, widths, strict=True)]
+    figures = [space + cell for space, cell in zip(padding[1:], row[1:], strict=True)]
+    return _GAP.join([row[0] + padding[0], *figures])
 
 
-def html_page(sets: Mapping[str, NounStats]) -> str:
-    """Render one page that needs nothing else: no scripts, no fonts, no network."""
-    made_with = ", ".join(f"{name} {number}" for name, number in _versions().items())
-    taggers = "".join(
-        f"<li>{escaped(name)}: {escaped(stats.tagger)}{_badge(stats)}</li>" for name, stats in sets.items()
-    )
-    definitions = dict.fromkeys([DEFINITION, *(_definition(stats) for stats in sets.values())])
-    return page(
-        "Noun statistics",
-        [
-            "<h1>Noun statistics of captions</h1>",
-            f"<p class=lead>How dense the captions are in nouns, beside the rows of {PAPER}.</p>",
-            _html_table(sets),
-            *(f"<p class=note>{escaped(note)}</p>" for note in _notes(sets)),
-            "<h2>Nouns per image</h2>",
-            _html_averages(sets),
-            *(_html_top_nouns(name, stats) for name, stats in sets.items()),
-            "<h2>Definition</h2>",
-            *(f"<p>{escaped(text)}</p>" for text in definitions),
-            "<h2>How this was made</h2>",
-            f"<ul>{taggers}<li>Page: {escaped(made_with)}</li></ul>",
-        ],
-    )
+def _by_count(counts: dict[str, int]) -> list[tuple[str, int]]:
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
 
 
-def _cells(sets: Mapping[str, NounStats]) -> list[tuple[str, ...]]:
-    rows = []
-    for name, stats in sets.items():
-        mark = _mark(stats)
-        figures = (
-            f"{stats.valid_nouns:,}",
-            f"{stats.distinct_nouns:,}",
-            f"{stats.vn_dn:.1%}",
-            f"{stats.total_nouns:,}",
-            f"{stats.nouns_per_image:.1f}",
-        )
-        rows.append((printable(name), f"{stats.num_captions:,}", *(mark + figure for figure in figures)))
-    for name, stats in PAPER_ROWS.items():
-        rows.append(
-            (
-                f"{name} (paper)",
-                f"{stats.num_captions / 1e6:.1f}M",
-                f"{stats.valid_nouns / 1e3:.0f}K",
-                f"{stats.distinct_nouns / 1e3:.0f}K",
-                f"{stats.vn_dn:.1%}",
-                f"{stats.total_nouns / 1e6:.1f}M",
-                f"{stats.nouns_per_image:.1f}",
-            )
-        )
-    return rows
-
-
-def _notes(sets: Mapping[str, NounStats]) -> list[str]:
-    """What a reader must know before comparing rows, one line each."""
-    notes = [
-        "VN: distinct nouns that appear more than 10 times. DN: distinct nouns.",
-        f"(paper): {PAPER}, as printed; its number of captions is derived (total / nouns per image).",
-    ]
-    approximate = dict.fromkeys(stats.tagger for stats in sets.values() if stats.approximate)
-    if approximate:
-        notes.append(
-            f"~ approximate: counted with {', '.join(approximate)}; against NLTK, averages differ by up to "
-            "about 3% and DN by about 13%. Do not compare with rows counted by NLTK."
-        )
-    sizes = [_PAPER_CAPTIONS, *(stats.num_captions for stats in sets.values())]
-    if max(sizes) > _COMPARABLE_RATIO * min(sizes):
-        notes.append(
-            "VN/DN grows with sample size: rows with different numbers of captions do not compare "
-            f"(here {min(sizes):,} to {max(sizes):,})."
-        )
-    for name, stats in sets.items():
-        if stats.num_empty:
-            notes.append(f"{printable(name)}: {stats.num_empty:,} null or blank captions are not counted.")
-    return notes
-
-
-def _json_row(name: str, stats: NounStats) -> dict[str, Any]:
-    row = asdict(stats)
-    row["top_nouns"] = [list(pair) for pair in stats.top_nouns]
-    return {"name": printable(name), "definition": _definition(stats), **row}
-
-
-def _versions() -> dict[str, str]:
-    try:
-        toolkit = version("pixart-toolkit")
-    except PackageNotFoundError:
-        toolkit = "not installed"
-    return {"pixart-toolkit": toolkit, "Python": platform.python_version()}
-
-
-def _definition(stats: NounStats) -> str:
-    return APPROXIMATE_DEFINITION if stats.approximate else DEFINITION
-
-
-def _mark(stats: NounStats) -> str:
-    return "~" if stats.approximate else ""
-
-
-def _shortened(noun: str) -> str:
-    return noun if len(noun) <= _LABEL_CHARS else f"{noun[:_LABEL_CHARS]}…"
-
-
-def _badge(stats: NounStats) -> str:
-    return " <span class=approx>approximate</span>" if stats.approximate else ""
-
-
-def _html_table(sets: Mapping[str, NounStats]) -> str:
-    head = "".join(f"<th scope=col>{column}</th>" for column in _COLUMNS)
-    body = []
-    every = [*sets.values(), *PAPER_ROWS.values()]
-    for index, (cells, stats) in enumerate(zip(_cells(sets), every, strict=True)):
-        kind = "own" if index < len(sets) else "paper"
-        figures = "".join(f"<td>{cell}</td>" for cell in cells[1:])
-        body.append(f"<tr class={kind}><th scope=row>{escaped(cells[0])}{_badge(stats)}</th>{figures}</tr>")
-    rows = "\n".join(body)
-    return f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>\n{rows}\n</tbody></table></div>"
-
-
-def _html_averages(sets: Mapping[str, NounStats]) -> str:
-    every = [*sets.values(), *PAPER_ROWS.values()]
-    largest = max(stats.nouns_per_image for stats in every)
-    bars = []
-    for index, (cells, stats) in enumerate(zip(_cells(sets), every, strict=True)):
-        kind = "own" if index < len(sets) else "paper"
-        bars.append(bar(kind, escaped(cells[0]) + _badge(stats), cells[-1], stats.nouns_per_image / largest))
-    return f"<div class=bars>{''.join(bars)}</div>"
-
-
-def _html_top_nouns(name: str, stats: NounStats) -> str:
-    largest = max((count for _, count in stats.top_nouns), default=1)
-    mark = _mark(stats)
-    bars = [
-        bar("own", escaped(_shortened(noun)), f"{mark}{count:,}", count / largest) for noun, count in stats.top_nouns
-    ]
-    inside = f"<div class='bars top'>{''.join(bars)}</div>" if bars else "<p class=note>No nouns were found.</p>"
-    return f"<h2>Most frequent nouns: {escaped(name)}{_badge(stats)}</h2>{inside}"
+_STYLE = """
+main { max-width: 68rem; }
+h2 { border-top: 1px solid var(--line); padding-top: 1.5rem; break-after: avoid; }
+h3 { font-size: 1rem; margin: 1.25rem 0 .5rem; break-after: avoid; }
+caption { text-align: left; white-space: normal; color: var(--soft); font-size: .875rem; padding-bottom: .35rem; }
+td, th { padding: .4rem .6rem; } tbody th { font-weight: 400; text-align: left; white-space: normal;
+  overflow-wrap: break-word; min-width: 6rem; }
+tr { background: var(--page); } .wide th:first-child { position: sticky; left: 0; background: inherit; }
+caption span { position: sticky; left: 0; display: inline-block; max-width: calc(100vw - 2.5rem); }
+tbody .own th { font-weight: 650; }
+.group th { color: var(--soft); font-size: .8rem; font-weight: 650; padding-top: .9rem; }
+.gained .bar { grid-template-columns: 7rem 1fr 6rem; }
+.short table { width: auto; min-width: min(100%, 26rem); }
+.alarm { background: var(--warn-page); color: var(--warn); border-radius: .5rem; padding: .75rem 1rem;
+  margin: .5rem 0; }
+.strong { color: var(--ink); font-size: 1rem; } code { overflow-wrap: anywhere; }
+.alarm, .note, li, .label { overflow-wrap: anywhere; }
+.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1.25rem; }
+.gallery figure { margin: 0; background: var(--card); border-radius: .5rem; overflow: hidden; break-inside: avoid; }
+.gallery img { display: block; width: 100%; height: 15rem; object-fit: contain; background: var(--line); }
+.gallery figcaption { padding: .6rem .8rem; font-size: .875rem; overflow-wrap: anywhere; }
+.gallery dl { display: grid; grid-template-columns: 3.2rem 1fr; gap: .35rem .5rem; margin: 0; }
+.gallery dt { color: var(--soft); } .gallery dd { margin: 0; }
+@media (max-width: 30rem) {
+  main { padding: 1.25rem 1rem 2rem; } h1 { font-size: 1.5rem; } table { font-size: .875rem; }
+  td, th { padding: .35rem .45rem; } tbody th { min-width: 7rem; max-width: 9rem; }
+  .bars .bar { grid-template-columns: minmax(5rem, 9rem) 1fr 4rem; }
+  .top { columns: 2 8rem; column-gap: 1.5rem; } .top .bar { grid-template-columns: 1fr auto; }
+  .top .track { display: none; }
+}
+@media print {
+  body { font-size: 10pt; } main { max-width: none; padding: 0; } .wide { overflow: visible; break-inside: avoid; }
+  table { font-size: 8pt; } thead th, .group th { font-size: inherit; } td, th { padding: .2rem .35rem; }
+  tr, .bar { break-inside: avoid; } thead { display: table-header-group; }
+  .plots { grid-template-columns: 1fr 1fr; } .plots > div { grid-column: 1 / -1; }
+  .top { font-size: 8pt; columns: 12rem; } .plots figcaption, .note { font-size: 8pt; }
+}
+"""

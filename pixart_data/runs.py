@@ -15,6 +15,7 @@ from pixart_data.commits import Record
 from pixart_data.errors import DataError
 from pixart_data.processes import is_alive
 from pixart_data.storage import read_bytes
+from pixart_data.verdicts import GATE, Verdicts
 
 STATUS_FILE = "status.json"
 SUMMARY_FILE = "summary.html"
@@ -110,6 +111,7 @@ class Status(_Part):
         num_runs: How often a driver had work to do here.
         rows_expected: In all units, where that is known without reading them.
         rejected: Rows by reason, of the units that are done.
+        gate: What the gate found of their captions, as `Verdicts` has it; empty if they were not judged.
         num_foreign: Commit records found that count for nothing: of other sources, or to be redone by this run.
         rows_per_s_now: Over the last minute.
         this_run, before: What this driver worked, and what all drivers before it did.
@@ -134,6 +136,7 @@ class Status(_Part):
     rows_in: int = 0
     rows_out: int = 0
     rejected: dict[str, int] = {}
+    gate: dict[str, Any] = {}
     num_foreign: int = 0
     num_working: int = 0
     num_waiting: int = 0
@@ -226,6 +229,8 @@ class Status(_Part):
         self.rows_out += record.rows_out
         for reason, count in record.rejected.items():
             self.rejected[reason] = self.rejected.get(reason, 0) + count
+        if GATE in record.facts:
+            self.gate = Verdicts.from_facts(self.gate).plus(Verdicts.from_facts(record.facts[GATE])).to_facts()
 
     def add_slow(self, unit: SlowUnit) -> None:
         """Keep a unit if it is one of the slowest; one that is done again replaces what it took before."""

@@ -240,6 +240,35 @@ def require_table(sizes: list[str] | None, info: ValidationInfo) -> list[str] | 
     return sizes
 
 
+class Gate(Section):
+    """What a caption must be like. The defaults let pass what LLaVA writes when nothing goes wrong."""
+
+    truncated: bool = True
+    """Fail captions that break off: at `max_new_tokens`, or without a final mark (those of 32 tokens and more, or that
+    end in a word such as "the" or "of")."""
+    refusal: bool = True
+    """Fail captions with a sentence that begins as refusals do: "I'm sorry", "I cannot", "As an AI" ..."""
+    echo: bool = True
+    """Fail captions that repeat six words of their prompt in a row, or all of a shorter one; what the prompt itself
+    quotes does not count."""
+    max_repeated: float = Field(default=0.3, ge=0.0, le=1.0)
+    """Fail captions that go round in a loop: a larger share of whose tokens are in a run of four that was there
+    before. 1: none."""
+    max_distinct_pairs: float = Field(default=0.99, ge=0.0, le=1.0)
+    """Fail captions that ramble: a larger share of whose pairs of neighbours are different, in a text of
+    `rambling_tokens`; decoding that forbids repetition ends so. 1: none, for a model that writes as varied as people
+    do."""
+    rambling_tokens: int = Field(default=80, ge=2)
+    """Shorter captions do not ramble."""
+    max_boilerplate: float = Field(default=0.75, ge=0.0, le=1.0)
+    """Fail captions of three sentences and more of which a larger share begin with boilerplate: "The image features",
+    "In addition to" ... 1: none."""
+    min_tokens: int = Field(default=16, ge=0)
+    """Fail shorter captions; punctuation counts. 0: none."""
+    min_nouns: int = Field(default=4, ge=0)
+    """Fail captions with fewer distinct nouns. 0: none."""
+
+
 class ImageFeatures(Section):
     """VAE posteriors of images resized to cover their bucket and cut at the centre."""
 

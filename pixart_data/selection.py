@@ -156,7 +156,7 @@ def kept_samples(samples: Iterator[Sample], unit: KeptUnit) -> Iterator[Sample]:
     if not unit.num_kept:
         return
     count = 0
-    keys = _keys(unit)
+    keys = kept_keys(unit)
     for sample in samples:
         if sample.key in keys:
             count += 1
@@ -168,7 +168,12 @@ def kept_samples(samples: Iterator[Sample], unit: KeptUnit) -> Iterator[Sample]:
         )
 
 
-def _keys(unit: KeptUnit) -> frozenset[str]:
+def kept_keys(unit: KeptUnit) -> frozenset[str]:
+    """Return the keys of the samples of a unit that the filter kept.
+
+    Raises:
+        DataError: If their table is missing or damaged.
+    """
     try:
         return frozenset(read_table(location(unit.kept), columns=["key"])["key"].to_pylist())
     except FileNotFoundError:

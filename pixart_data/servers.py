@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pixart_data import sections
 from pixart_data.chats import Away, Broken, ChatError, Chats, Host, Refused, Reply, backoff_s
 from pixart_data.errors import ConfigError, JobError, TransientError
-from pixart_data.questions import Answers, Caption, NoCaption, ask, moderate, unasked
+from pixart_data.questions import MAIN, Answers, Caption, Decoding, NoCaption, ask, moderate, unasked
 from pixart_data.records import Reason
 
 if TYPE_CHECKING:
@@ -112,8 +112,10 @@ class ServedCaptioner:
         """
         if self._late_error is not None:
             raise self._late_error
-        columns = (batch["image"], batch["raw_caption"], batch["seed"])
-        return batch | {"answers": self._run(self._describe(*columns))}
+        decodings = batch.get("decoding", [None] * len(batch["image"]))
+        names = [MAIN] if "decoding" in batch else list(self.config.questions)
+        rows = list(zip(batch["image"], batch["raw_caption"], batch["seed"], decodings, strict=True))
+        return batch | {"answers": self._run(self._describe(names, rows))}
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
@@ -127,18 +129,18 @@ class ServedCaptioner:
 
     # Asking
 
-    async def _describe(self, images: list[str], raw_captions: list[str | None], seeds: list[int]) -> list[Answers]:
-        names = list(self.config.questions)
-        rows = zip(images, raw_captions, seeds, strict=True)
+    async def _describe(self, names: list[str], rows: list[tuple[Any, ...]]) -> list[Answers]:
         found = await _all(self._answer(name, *row) for row in rows for name in names)
         return [dict(zip(names, found[i : i + len(names)], strict=True)) for i in range(0, len(found), len(names))]
 
-    async def _answer(self, name: str, image: str, raw_caption: str | None, seed: int) -> Caption | NoCaption:
+    async def _answer(
+        self, name: str, image: str, raw_caption: str | None, seed: int, decoding: Decoding | None
+    ) -> Caption | NoCaption:
         prompt = ask(self.config, name, _SPECIAL.sub(" ", raw_caption or ""), ())
         if prompt is None:
             return unasked()
         try:
-            reply = await self._chats.ask(self._body(prompt, image, seed))
+            reply = await self._chats.ask(self._body(prompt, image, seed) | _drawn(decoding))
             return await self._checked(reply, prompt)
         except Refused as refused:
             await self._require_pulse(refused)
@@ -254,6 +256,15 @@ class ServedCaptioner:
             self._min_tokens = min(self._min_tokens, num_added)
         self._chats.usable.append(host)
         return None
+
+
+def _drawn(decoding: Decoding | None) -> dict[str, Any]:
+    """Return what a request says instead, where the answer is to be drawn otherwise; all servers know these words."""
+    if decoding is None:
+        return {}
+    penalty = {"frequency_penalty": decoding.frequency_penalty} if decoding.frequency_penalty else {}
+    drawn = {"temperature": decoding.temperature, "top_p": decoding.top_p, "max_tokens": decoding.max_new_tokens}
+    return {**drawn, **penalty}
 
 
 async def _all(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

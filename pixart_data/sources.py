@@ -5,7 +5,7 @@ Sources are read in place. `find_units` names and cuts them, deterministically a
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, NamedTuple
 
@@ -15,7 +15,7 @@ from pixart_data.folders import find_folder, read_folder
 from pixart_data.lists import find_list, read_list
 from pixart_data.places import Place, Store, place_of
 from pixart_data.sections import Source
-from pixart_data.selection import KeptUnit, kept_samples, select
+from pixart_data.selection import KeptUnit, kept_keys, kept_samples, select
 from pixart_data.stores import is_url
 from pixart_data.tars import count_tar_rows, cut_tar, read_tar
 from pixart_data.units import Sample, Unit, encode_name, split_extension
@@ -67,27 +67,32 @@ def find_units(source: Source) -> list[Unit]:
     return select(units, source.kept) if source.kept else units
 
 
-def read_samples(unit: Unit, source: Source, *, with_images: bool = True) -> Iterator[Sample]:
+def read_samples(
+    unit: Unit, source: Source, *, with_images: bool = True, keys: Set[str] | None = None
+) -> Iterator[Sample]:
     """Yield every sample of a unit exactly once, in a fixed order, reading one image at a time.
 
     Args:
         with_images: False gives keys and captions only; image files are then not opened, so that what is wrong
             with them goes unnoticed.
+        keys: Only the samples with these; the images of the others are not read.
 
     Raises:
         DataError: If the storage fails, or a list changed since `find_units`.
     """
     if isinstance(unit, KeptUnit):
-        return kept_samples(_read(unit, source, with_images), unit)
-    return _read(unit, source, with_images)
+        if keys is not None:
+            return _read(unit, source, with_images, kept_keys(unit) & keys)
+        return kept_samples(_read(unit, source, with_images, None), unit)
+    return _read(unit, source, with_images, keys)
 
 
-def _read(unit: Unit, source: Source, with_images: bool) -> Iterator[Sample]:
+def _read(unit: Unit, source: Source, with_images: bool, keys: Set[str] | None) -> Iterator[Sample]:
     if unit.kind == "tar":
-        return read_tar(unit, source, with_images)
+        return read_tar(unit, source, with_images, keys)
     if unit.kind == "folder":
-        return read_folder(unit, with_images)
-    return read_list(unit, source, with_images)
+        return read_folder(unit, with_images, keys)
+    return read_list(unit, source, with_images, keys)
 
 
 def count_rows(unit: Unit) -> int:

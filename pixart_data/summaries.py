@@ -7,6 +7,7 @@ from typing import Any
 from pixart_data.commits import Record
 from pixart_data.pages import bar, escaped, page
 from pixart_data.runs import Status, advice, duration, event_lines, size
+from pixart_data.verdicts import GATE, Verdicts
 
 _WIDTH, _HEIGHT, _TOP = 720, 150, 12
 _STATES = {"running": "is running", "done": "is done", "failed": "failed", "stopped": "was stopped"}
@@ -47,9 +48,12 @@ def _body(status: Status, place: str, sample: Record | None) -> Iterator[str]:
     if sample is not None:
         yield "<h2>Settings that decided the result</h2>"
         decided = {name: value for name, value in sample.settings.items() if name != "shard"}
+        if GATE in sample.facts:
+            decided[GATE] = sample.facts[GATE]["settings"]
         yield _table(("setting", "value"), _flat(decided), "words")
-        if sample.facts:
-            yield "<h2>What the workers found</h2>" + _table(("", ""), _flat(sample.facts), "words")
+        found = {name: fact for name, fact in sample.facts.items() if name != GATE}
+        if found:
+            yield "<h2>What the workers found</h2>" + _table(("", ""), _flat(found), "words")
         yield "<p class=note>The whole job, every default filled in, is in job.toml beside this page.</p>"
 
 
@@ -84,6 +88,8 @@ def _account(status: Status) -> Iterator[str]:
     )
     if status.rejected:
         yield f"<div class='bars reasons'>{''.join(bars)}</div>"
+    if status.gate:
+        yield f"<p>{escaped(Verdicts.from_facts(status.gate).line())}</p>"
     if status.num_left or status.num_set_aside:
         yield (
             f"<p class=note>Not in this account: the rows of shards not done yet ({status.num_left:,}) and of those "

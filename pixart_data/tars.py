@@ -12,7 +12,7 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -106,11 +106,14 @@ def count_tar_rows(unit: Unit) -> int:
         return len(_rows(unit, tar.index(), _read_sidecar(unit)))
 
 
-def read_tar(unit: Unit, source: Source, with_images: bool) -> Iterator[Sample]:
+def read_tar(unit: Unit, source: Source, with_images: bool, keys: Set[str] | None = None) -> Iterator[Sample]:
     """Yield the samples of a tar, or of a slice of one, in the order of their images.
 
     A tar on an object store is first copied to the scratch disk; where no images are wanted, its headers and captions
     are read in place.
+
+    Args:
+        keys: Only the samples with these.
 
     Raises:
         DataError: If the storage fails, or a tar that is cut into slices is no longer of the same size; a bad tar
@@ -120,7 +123,7 @@ def read_tar(unit: Unit, source: Source, with_images: bool) -> Iterator[Sample]:
         index = tar.index()
         sidecar = _read_sidecar(unit)
         reads_json = _reads_json(tar, index, source)
-        rows = _rows(unit, index, sidecar)
+        rows = [row for row in _rows(unit, index, sidecar) if keys is None or row.key in keys]
         del index  # of a large tar's members, a slice needs few
         for row in rows:
             if row.image is None or row.reason:

@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from pixart_data import archives, captions, selection
+from pixart_data import archives, bundles, captions, selection
 from pixart_data.advice import command
 from pixart_data.agreement import disagreements, from_index, wrong_numbers
 from pixart_data.commits import COMMITS, MANIFEST, Record, file_sha256, read_records
@@ -29,7 +29,7 @@ __all__ = ["Finding", "planned", "verify"]
 
 REPORT = "stats.json"  # what finishes the output of `stats`, as a manifest does that of the other stages
 _LEVELS = 3  # of folders below the one that is named
-_FORMATS = {FORMAT, selection.FORMAT, captions.FORMAT, archives.FORMAT}
+_FORMATS = {FORMAT, selection.FORMAT, captions.FORMAT, archives.FORMAT, bundles.FORMAT}
 
 
 def verify(root: Path, fast: bool = False) -> Iterator[Finding]:
@@ -70,6 +70,8 @@ def _planned(root: Path) -> Iterator[tuple[Path, int]]:
     elif kind == selection.FORMAT:
         kept = selection.read_selection(root)
         named = [(file.path, file.size_bytes) for file in (*(part.file for part in kept.parts), kept.rejected_file)]
+    elif kind == bundles.FORMAT:
+        named = [(file.path, file.size_bytes) for file in bundles.read_bundle(root)]
     for record in read_records(root).values():
         named += [(f.path, f.size_bytes) for f in record.files if kind != FORMAT or not f.path.endswith(".tar")]
     yield from ((root / path, size) for path, size in named)
@@ -126,6 +128,8 @@ def _verify_output(root: Path, fast: bool) -> Iterator[Finding]:
             yield from _verify_set(root, records, fast)
         elif kind == selection.FORMAT:
             yield from _verify_selection(root)
+        elif kind == bundles.FORMAT:
+            yield from _verify_bundle(root)
         elif kind not in _FORMATS:
             yield Finding(root / MANIFEST, problem=f"damaged: it names no format; run {command(root)} again")
     yield from _verify_records(root, records, {".tar"} if is_features else set(), fast)
@@ -162,6 +166,20 @@ def _verify_selection(root: Path) -> Iterator[Finding]:
             yield Finding(root / file.path, file.size_bytes)
         else:
             yield Finding(root / file.path, problem="missing or damaged; run `pixart filter` again: it is rewritten")
+
+
+def _verify_bundle(root: Path) -> Iterator[Finding]:
+    try:
+        files = bundles.read_bundle(root)
+    except DataError as error:
+        yield Finding(root / MANIFEST, problem=str(error).removeprefix(f"{root / MANIFEST}: "))
+        return
+    for file in files:
+        if _sha256(root / file.path) == file.sha256:
+            yield Finding(root / file.path, file.size_bytes)
+        else:
+            advice = f"delete {MANIFEST} and run `pixart stats` on job.toml again: it is rewritten"
+            yield Finding(root / file.path, problem=f"missing or damaged; {advice}")
 
 
 def _verify_set(root: Path, records: dict[str, Record], fast: bool) -> Iterator[Finding]:

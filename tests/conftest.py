@@ -141,3 +141,48 @@ def served_llava(miniatures, tmp_path_factory):
 
     with transformers_serve(miniatures["llava"], tmp_path_factory.mktemp("serve") / "log") as url:
         yield url
+
+
+@pytest.fixture(scope="session")
+def grammar(tmp_path_factory):
+    """A folder with a miniature of NLTK's data files."""
+    from tests.grammars import write_nltk_data
+
+    folder = tmp_path_factory.mktemp("nltk_data")
+    write_nltk_data(folder)
+    return folder
+
+
+@pytest.fixture
+def synthetic_nltk_data(grammar, monkeypatch):
+    """Have NLTK, here and in processes started from here, read the miniature; here its digests count as known."""
+    from pixart_data.tagging import resources
+
+    sums = {name: resources.digest(name, (grammar / name).read_bytes()) for name in resources.DIGESTS}
+    monkeypatch.setattr(resources, "DIGESTS", sums)
+    _let_nltk_read(grammar, monkeypatch)
+    return grammar
+
+
+@pytest.fixture
+def nltk_data(request, monkeypatch):
+    """Have NLTK read its real data files where they lie beside the checkout, else the miniature."""
+    folder = SHARED / "nltk_data"
+    if not folder.is_dir():
+        return request.getfixturevalue("synthetic_nltk_data")
+    _let_nltk_read(folder, monkeypatch)
+    return folder
+
+
+def _let_nltk_read(folder, patch, loaded=[]):  # noqa: B006 - remembers what NLTK keeps
+    """Loading the real files takes a second, so NLTK's models are dropped only where others are wanted."""
+    import nltk.data
+    import nltk.tag
+    import nltk.tokenize
+
+    patch.setenv("NLTK_DATA", str(folder))
+    patch.setattr(nltk.data, "path", [str(folder)])
+    if loaded != [folder]:
+        nltk.tag._get_tagger.cache_clear()
+        nltk.tokenize._get_punkt_tokenizer.cache_clear()
+        loaded[:] = [folder]

@@ -14,8 +14,21 @@ def kernel(function: F) -> F:
     Where numba finds no folder to keep it in (a read-only installation without a home; NUMBA_CACHE_DIR names one), it
     is compiled in every process.
     """
+    return _compiled(function)
+
+
+def lean_kernel(function: F) -> F:
+    """Compile a function that makes no arrays, copies no slices and gives none back to Python.
+
+    It does not count who holds the arrays it is given, as `kernel` has it done at every step: in small kernels that
+    pass each other many arrays, that takes ten times as long as their work.
+    """
+    return _compiled(function, _nrt=False)
+
+
+def _compiled(function: F, **options: Any) -> F:
     try:
-        compiled = njit(cache=True, nogil=True)(function)
+        compiled = njit(cache=True, nogil=True, **options)(function)
     except RuntimeError:
-        compiled = njit(nogil=True)(function)
+        compiled = njit(nogil=True, **options)(function)
     return cast(F, compiled)

@@ -46,16 +46,15 @@ def fnv(text: Any, start: int, stop: int) -> Any:
 
 
 @kernel
-def intern(words: Words, text: Any, start: int, stop: int) -> Any:
-    """Return the id of the word `text[start:stop]`, a new one if need be; room must have been reserved."""
-    value = fnv(text, start, stop)
+def _slot(words: Words, value: Any, text: Any, start: int, stop: int) -> Any:
+    """Return where the word `text[start:stop]` of a hash stands in the table, or where it would."""
     mask = np.uint64(len(words.slots) - 1)
     slot = value & mask
     length = stop - start
     while True:
         word = words.slots[slot]
         if word < 0:
-            break
+            return slot
         if words.hashes[word] == value:
             first = words.starts[word]
             if words.starts[word + 1] - first == length:
@@ -63,15 +62,32 @@ def intern(words: Words, text: Any, start: int, stop: int) -> Any:
                 while i < length and words.text[first + i] == text[start + i]:
                     i += 1
                 if i == length:
-                    return word
+                    return slot
         slot = (slot + np.uint64(1)) & mask
-    word, first = words.state[0], words.state[1]
-    words.text[first : first + length] = text[start:stop]
-    words.starts[word + 1] = first + length
-    words.hashes[word] = value
-    words.slots[slot] = word
-    words.state[0] = word + 1
-    words.state[1] = first + length
+
+
+@kernel
+def find(words: Words, text: Any, start: int, stop: int) -> Any:
+    """Return the id of the word `text[start:stop]`, -1 if it has none."""
+    return words.slots[_slot(words, fnv(text, start, stop), text, start, stop)]
+
+
+@kernel
+def intern(words: Words, text: Any, start: int, stop: int) -> Any:
+    """Return the id of the word `text[start:stop]`, a new one if need be; room must have been reserved."""
+    value = fnv(text, start, stop)
+    slot = _slot(words, value, text, start, stop)
+    word = np.int64(words.slots[slot])
+    if word < 0:
+        word, first = words.state[0], words.state[1]
+        length = stop - start
+        for i in range(length):
+            words.text[first + i] = text[start + i]
+        words.starts[word + 1] = first + length
+        words.hashes[word] = value
+        words.slots[slot] = word
+        words.state[0] = word + 1
+        words.state[1] = first + length
     return word
 
 

@@ -8,7 +8,7 @@ from transformers.utils import logging
 
 from pixart_data.captioner import Captioner
 from pixart_data.errors import ConfigError
-from pixart_data.questions import ask
+from pixart_data.questions import Decoding, ask
 from pixart_data.sections import Captioner as Section
 
 logging.disable_progress_bar()
@@ -271,6 +271,31 @@ def test_sampling_repeats_with_its_seed(miniatures, images):
 
     assert draw(1) == draw(1)
     assert draw(1) != draw(2)
+
+
+def test_answers_asked_for_again_are_drawn_each_from_its_own_seed(captioner, images, monkeypatch):
+    """Whatever shares the batch, and however often the batch has to be halved."""
+    sampled, longer = Decoding(1.5, 0.95, 8), Decoding(1.5, 0.95, 11, 0.5)
+    batch = {
+        "image": images,
+        "raw_caption": [None] * 4,
+        "seed": [3, 4, 5, 6],
+        "decoding": [sampled, longer, sampled, Decoding(0.0, 1.0, 8)],
+    }
+    together = captioner(batch)["answers"]
+    assert [list(answer) for answer in together] == [["caption"]] * 4
+    lengths = [answer["caption"].num_tokens for answer in together]
+    assert 8 < lengths[1] <= 11
+    assert max(lengths[0], lengths[2], lengths[3]) == 8
+    for place in range(4):
+        alone = captioner({name: column[place : place + 1] for name, column in batch.items()})["answers"]
+        assert alone == together[place : place + 1]
+    monkeypatch.setattr(captioner._describe, "limit", 1)
+    assert captioner(batch)["answers"] == together
+    other = captioner({**batch, "seed": [30, 40, 50, 60]})["answers"]
+    assert [one == two for one, two in zip(together, other, strict=True)] == [False, False, False, True]
+    plain = captioner({name: column for name, column in batch.items() if name != "decoding"})["answers"]
+    assert plain[3] == together[3]  # greedy as before
 
 
 def test_a_batch_that_does_not_fit_into_memory_is_halved(llava, images, monkeypatch):

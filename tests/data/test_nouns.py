@@ -1,313 +1,340 @@
-"""Nouns: equality with NLTK where its data is present, the labelled fallback where it is not."""
+"""Counts of nouns: against plain Python on captions tagged by hand, merged in any order, and through Parquet."""
 
-import json
-import logging
-import pickle
-import random
-import socket
-import subprocess
 import sys
+import unicodedata
 from collections import Counter
-from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from pixart_data.errors import ConfigError, DataError
+from pixart_data import lemmas, nouns
+from pixart_data.errors import DataError
 from pixart_data.nouns import (
-    NOUN_TAGS,
+    APPROXIMATE_DEFINITION,
+    DEFINITION,
     THRESHOLD,
+    VIEWS,
+    Distinct,
+    NounCounter,
     NounCounts,
-    build_tagger,
-    count_nouns,
-    find_tagger,
+    NounStats,
+    definition,
+    lowercase,
     summarise,
 )
 from pixart_data.records import NOUNS
+from pixart_data.tagging.references import NltkEngine, TextBlobEngine
+from pixart_data.tagging.vocabulary import Vocabulary
+from tests.blocks import NAME, block_of, counted, nouns_of, occurrences
 
-SHARED = Path(__file__).parents[2].parent / "shared"
-NLTK_DATA = SHARED / "nltk_data"
-CAPTIONS = SHARED / "captions"
-
-SENTENCES = [
-    "Two dogs chase a red ball across the wet grass.",
-    "Dr. Smith's dog isn't here. It ran to St. Paul, near the U.S. border!",
-    "A woman in a blue coat (and hat) holds an umbrella; it's raining...",
-    "“The cat’s on the ‘mat’,” said Anna — then she left.",
-    "First line\nsecond line\n\nA third paragraph with 3 apples, 50% off & more.",
-    "PHOTO | Vintage Poster / 24x36 in. <Framed> #art @home",
+# fmt: off
+WORDS = [
+    "cat", "Cat", "CAT", "cats", "dog", "x-ray", "10", "|", "naïve", "Ångström", "ÅNGSTRÖM", "ΟΔΟΣ", "οδος", "οδοσ",
+    "İstanbul", "i̇stanbul", "ǅ", "straße", "東京", "\0", "-", "a1",
 ]
-ODD = [
-    "",
-    " \n\t",
-    "\0",
-    "a\0cat \0",
-    "\U0001f600 a dog \U0001f468\u200d\U0001f469\u200d\U0001f467",
-    "\ud800 a cat",
-    "a cat \udfff\ud83d",
-    "\ud83d\ude00 a cat",
-    "\ufeffcat\u200b\u2028dog",
-    "İstanbul ǅ ß",
-    "the cat sat on a mat. " * 2300,
-    "a" * 50_000,
-    "." * 50_000,
-    ". " * 25_000,
-    '."' * 25_000,
-    "'" * 50_000,
-    " " * 50_000,
-    "(" * 50_000,
-    "Mr. " * 12_500,
-    "-1,0" * 12_500,
-]
-
-needs_data = pytest.mark.skipif(not NLTK_DATA.is_dir(), reason="no NLTK data beside the repository")
-needs_captions = pytest.mark.skipif(not CAPTIONS.is_dir(), reason="no captions beside the repository")
+# fmt: on
+PAIRS = st.tuples(st.sampled_from(WORDS), st.sampled_from(["NN", "NNS", "NNP", "NNPS", "JJ", ".", "``"]))
+CAPTIONS = st.lists(st.one_of(st.none(), st.lists(PAIRS, max_size=8)), max_size=12)
 
 
-@pytest.fixture
-def nltk_tagger(monkeypatch):
-    if not NLTK_DATA.is_dir():
-        pytest.skip("no NLTK data beside the repository")
-    monkeypatch.setattr("nltk.data.path", [str(NLTK_DATA)])
-    return find_tagger(download=False)
+def rows(counts):
+    """The table as a dict, and the rest of the facts."""
+    columns = (counts.table[name].to_pylist() for name in NOUNS.names)
+    table = {(surface, tag): tuple(figures) for surface, tag, *figures in zip(*columns, strict=True)}
+    assert len(table) == counts.table.num_rows
+    facts = (counts.tagger, counts.approximate, counts.num_captions, counts.num_empty)
+    return table, facts, counts.per_caption.tolist()
 
 
-@pytest.fixture
-def lexicon_tagger():
-    return find_tagger(approximate=True)
+def by_hand(captions):
+    """What `rows` gives, in plain Python."""
+    every, holding = occurrences(captions, lambda surface, tag: (surface, tag))
+    firsts = Counter()
+    for caption in nouns_of(captions):
+        met = set()
+        for pair in caption:
+            if pair[0].lower() not in met:
+                firsts[pair] += 1
+            met.add(pair[0].lower())
+    table = {pair: (count, holding[pair], firsts[pair]) for pair, count in every.items()}
+    kept = nouns_of(captions)
+    per_caption = [0] * 256
+    for caption in kept:
+        per_caption[len(caption)] += 1
+    return table, (NAME, False, len(kept), len(captions) - len(kept)), per_caption
 
 
-@pytest.fixture
-def without_data(monkeypatch, tmp_path):
-    """NLTK finds nothing on disk, and no network call is made unless a test allows one."""
-    monkeypatch.setattr("nltk.data.path", [str(tmp_path)])
-
-    def unreachable(*args, **kwargs):
-        raise OSError("unreachable")
-
-    monkeypatch.setattr(socket, "create_connection", unreachable)
-    monkeypatch.setattr("urllib.request.getproxies", dict)
-    monkeypatch.setattr("nltk.download", lambda *args, **kwargs: pytest.fail("downloaded without asking"))
+@given(CAPTIONS)
+def test_counts_are_those_of_plain_python(captions):
+    assert rows(counted(captions)) == by_hand(captions)
 
 
-def read_captions(name, num_captions):
-    captions = pq.read_table(CAPTIONS / f"{name}.parquet")["caption"].to_pylist()
-    return random.Random(0).sample(captions, min(num_captions, len(captions)))
+@settings(max_examples=30)
+@given(st.lists(CAPTIONS, max_size=4))
+def test_a_counter_starts_anew_after_each_unit_and_its_vocabulary_grows(units):
+    vocabulary = Vocabulary()
+    counter = NounCounter(NAME, False, vocabulary)
+    for number, captions in enumerate(units):
+        unit = [*captions, [(f"new{number}", "NN")]]
+        for start in range(0, len(unit), 3):
+            counter.add(block_of(vocabulary, unit[start : start + 3]))
+        assert rows(counter.take()) == by_hand(unit)
+    assert rows(counter.take()) == by_hand([])
 
 
-def reference(caption):
-    import nltk
-
-    return [(surface, tag) for surface, tag in nltk.pos_tag(nltk.word_tokenize(caption)) if tag in NOUN_TAGS]
-
-
-def test_import_is_light():
-    code = "import sys, pixart_data.nouns; sys.exit(bool({'nltk', 'textblob'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-@pytest.mark.parametrize("sentence", SENTENCES)
-def test_equals_nltk_on_own_sentences(nltk_tagger, sentence):
-    assert nltk_tagger.nouns(sentence) == reference(sentence)
+def test_many_words_and_long_captions():
+    """More than the arrays begin with: nouns, nouns in one caption, captions."""
+    long = [(f"n{k % 9000}", "NN") for k in range(20_000)]
+    captions = [long, [("n1", "NN"), ("N1", "NNP"), ("n1", "NN")], *[[(f"m{k}", "NNS")] for k in range(3000)]]
+    counts = counted(captions)
+    table, (_, _, num_captions, _), per_caption = rows(counts)
+    assert len(table) == 9000 + 3000 + 1
+    assert table["n1", "NN"] == (3 + 2, 2, 2)
+    assert table["N1", "NNP"] == (1, 1, 0)
+    assert (num_captions, per_caption[255], per_caption[3], per_caption[1]) == (3002, 1, 1, 3000)
 
 
-@needs_captions
-@pytest.mark.parametrize(
-    ("name", "low", "high"), [("llava_coco", 23, 26), ("laion_alt_text", 5.8, 6.8), ("vlm_other", 25, 29)]
-)
-def test_equals_nltk_on_real_captions(nltk_tagger, name, low, high):
-    captions = read_captions(name, 150 if name != "laion_alt_text" else 1500)
-    counts = count_nouns(captions, nltk_tagger)
-    assert counts.table == Counter(noun for caption in captions for noun in reference(caption))
-    assert low < summarise(counts).nouns_per_image < high
+@settings(max_examples=40)
+@given(st.lists(CAPTIONS, min_size=1, max_size=5), st.integers(0, 4), st.sampled_from([0, 3, 1 << 20]))
+def test_merging_is_counting_the_whole_however_it_is_grouped(parts, split, pending):
+    counts = [counted(part) for part in parts]
+    whole = by_hand([caption for part in parts for caption in part])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nouns, "_FEWEST_PENDING", pending)
+        assert rows(counts[0].merge(iter(counts[1:]))) == whole
+        left, right = counts[:split], counts[split:]
+        grouped = [group[0].merge(group[1:]) for group in (left, right) if group]
+        assert rows(grouped[-1].merge(grouped[:-1])) == whole
+    assert [rows(count) for count in counts] == [by_hand(part) for part in parts]  # they stay as they were
 
 
-@needs_captions
-@pytest.mark.parametrize(("name", "size"), [("llava_coco", 150), ("laion_alt_text", 1500)])
-def test_approximate_mode_stays_near_nltk(nltk_tagger, lexicon_tagger, name, size):
-    captions = read_captions(name, size)
-    exact = summarise(count_nouns(captions, nltk_tagger))
-    rough = summarise(count_nouns(captions, lexicon_tagger))
-    assert rough.nouns_per_image == pytest.approx(exact.nouns_per_image, rel=0.04)
-    assert rough.distinct_nouns == pytest.approx(exact.distinct_nouns, rel=0.16)
+def test_memory_of_merging_does_not_grow_with_the_parts(monkeypatch):
+    monkeypatch.setattr(nouns, "_FEWEST_PENDING", 5000)
+    held_bytes = []
 
+    def parts():
+        for _ in range(60):
+            yield counted([[(f"noun{k}", "NN")] for k in range(2000)])
+            held_bytes.append(pa.total_allocated_bytes())
 
-def test_counts_by_hand_with_nltk(nltk_tagger):
-    counts = count_nouns(["The dog saw two dogs.", "Anna has a Dog", None, "", " \n"], nltk_tagger)
-    assert counts.table == {("dog", "NN"): 1, ("dogs", "NNS"): 1, ("Anna", "NNP"): 1, ("Dog", "NNP"): 1}
-    stats = summarise(counts)
-    assert (counts.num_captions, counts.num_empty) == (2, 3)
-    assert (stats.total_nouns, stats.distinct_nouns, stats.valid_nouns) == (4, 3, 0)
-    assert stats.nouns_per_image == 2.0
-    assert stats.top_nouns == (("dog", 2), ("anna", 1), ("dogs", 1))
-    assert not stats.approximate
-
-
-def test_counts_by_hand_with_the_lexicon(lexicon_tagger):
-    counts = count_nouns(
-        ["The cat sat on the mat. Two cats sleep.", "A table and two chairs", None, "  "], lexicon_tagger
-    )
-    assert counts.table == {
-        ("cat", "NN"): 1,
-        ("mat", "NN"): 1,
-        ("cats", "NNS"): 1,
-        ("table", "NN"): 1,
-        ("chairs", "NNS"): 1,
-    }
-    assert (counts.num_captions, counts.num_empty) == (2, 2)
-    assert summarise(counts).nouns_per_image == 2.5
-
-
-def test_the_lexicon_splits_sentences(lexicon_tagger):
-    surfaces = [surface for surface, _ in lexicon_tagger.nouns('A dog near the table. "A cat." Mr. Smith waits')]
-    assert surfaces == ["dog", "table", "cat", "Mr.", "Smith"]
-
-
-@pytest.mark.parametrize("text", ODD, ids=range(len(ODD)))
-@pytest.mark.parametrize("kind", ["nltk", "textblob"])
-def test_odd_input(request, kind, text):
-    tagger = request.getfixturevalue("nltk_tagger" if kind == "nltk" else "lexicon_tagger")
-    counts = count_nouns([text, None], tagger)
-    assert counts.num_captions + counts.num_empty == 2
-    assert counts.num_empty == (2 if not text.strip() else 1)
-    assert NounCounts.from_table(counts.to_table()) == counts
-    json.dumps(summarise(counts).top_nouns, ensure_ascii=False).encode()
-
-
-def test_surrogate_pairs_are_joined_and_lone_ones_replaced(lexicon_tagger):
-    assert lexicon_tagger.nouns("\ud83d\ude00 cat") == lexicon_tagger.nouns("\U0001f600 cat")
-    assert lexicon_tagger.nouns("\ud83d cat") == lexicon_tagger.nouns("\ufffd cat")
-
-
-def test_falls_back_when_offline(without_data, caplog):
-    with caplog.at_level(logging.WARNING, logger="pixart_data.nouns"):
-        tagger = find_tagger()
-    assert tagger.kind == "textblob"
-    assert tagger.approximate
-    assert "(approximate)" in tagger.name
-    (record,) = caplog.records
-    assert "averaged_perceptron_tagger_eng" in record.message
-    assert "python -m nltk.downloader averaged_perceptron_tagger_eng punkt_tab" in record.message
-    assert "unreachable" in record.message
-    assert summarise(count_nouns(["a cat"], tagger)).approximate
-
-
-def test_falls_back_when_the_download_fails_quietly(without_data, monkeypatch, caplog, capfd):
-    def failing(name, *, quiet, prefix, print_error_to):
-        assert quiet
-        print_error_to.write(f"{prefix}Error loading {name}:\n    no route")
-        return False
-
-    monkeypatch.setattr(socket, "create_connection", lambda *args, **kwargs: socket.socket())
-    monkeypatch.setattr("nltk.download", failing)
-    assert find_tagger().kind == "textblob"
-    assert "Error loading averaged_perceptron_tagger_eng: no route" in caplog.text
-    assert capfd.readouterr() == ("", "")
-
-
-def test_a_download_makes_the_data_usable(without_data, monkeypatch):
-    if not NLTK_DATA.is_dir():
-        pytest.skip("no NLTK data beside the repository")
-    asked = []
-
-    def downloading(name, **kwargs):
-        import nltk.data
-
-        asked.append(name)
-        nltk.data.path.append(str(NLTK_DATA))
-        return True
-
-    monkeypatch.setattr(socket, "create_connection", lambda *args, **kwargs: socket.socket())
-    monkeypatch.setattr("nltk.download", downloading)
-    tagger = find_tagger()
-    assert asked == ["averaged_perceptron_tagger_eng", "punkt_tab"]
-    assert (tagger.kind, tagger.approximate) == ("nltk", False)
-
-
-def test_no_download_unless_asked(without_data, caplog):
-    assert find_tagger(download=False).kind == "textblob"
-    assert "download failed" not in caplog.text
-
-
-def test_a_worker_without_data_stops_instead_of_mixing_taggers(without_data):
-    with pytest.raises(ConfigError, match="found no averaged_perceptron_tagger_eng and no punkt_tab"):
-        build_tagger("nltk")
-
-
-@needs_data
-def test_damaged_data_is_an_error_and_no_fallback(tmp_path):
-    """In a process of its own: NLTK keeps a loaded model."""
-    taggers = tmp_path / "taggers" / "averaged_perceptron_tagger_eng"
-    taggers.mkdir(parents=True)
-    (tmp_path / "tokenizers").symlink_to(NLTK_DATA / "tokenizers")
-    code = (
-        "import nltk.data, pixart_data.nouns, pixart_data.errors\n"
-        f"nltk.data.path[:] = [{str(tmp_path)!r}, {str(NLTK_DATA)!r}]\n"
-        "try: pixart_data.nouns.find_tagger(download=False)\n"
-        "except pixart_data.errors.DataError as error: assert 'damaged' in str(error), error\n"
-        "else: raise SystemExit('no error')\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-def test_taggers_travel_between_processes(lexicon_tagger):
-    copy = pickle.loads(pickle.dumps(lexicon_tagger))
-    assert copy == lexicon_tagger == build_tagger(copy.kind)
-    assert len(pickle.dumps(lexicon_tagger)) < 200
-    assert copy.nouns("a cat") == [("cat", "NN")]
-
-
-def test_merge_equals_counting_everything(lexicon_tagger):
-    parts = [SENTENCES[:2], [None, *SENTENCES[2:4], ""], [], SENTENCES[3:]]
-    merged = count_nouns([], lexicon_tagger)
-    for part in parts:
-        assert merged.merge(count_nouns(part, lexicon_tagger)) is merged
-    whole = count_nouns([caption for part in parts for caption in part], lexicon_tagger)
-    assert merged == whole
-    assert summarise(merged) == summarise(whole)
-    assert merged.to_table().equals(whole.to_table())
+    before_bytes = pa.total_allocated_bytes()
+    merged = counted([]).merge(parts())
+    assert merged.table.num_rows == 2000
+    one_part_bytes = merged.table.nbytes
+    assert max(held_bytes) - before_bytes < 20 * one_part_bytes
 
 
 def test_merging_different_taggers_is_refused():
-    with pytest.raises(DataError, match="expected all from one tagger"):
-        NounCounts("nltk 3.10.4", approximate=False).merge(NounCounts("textblob 0.20.1", approximate=True))
+    with pytest.raises(
+        DataError, match="expected all from one tagger, found nltk 3.10.4 and textblob 0.20.1; .* again"
+    ):
+        counted([], "nltk 3.10.4").merge([counted([], "textblob 0.20.1", approximate=True)])
+
+
+def view_key(view):
+    def is_letters(noun):
+        kinds = [unicodedata.category(sign)[0] for sign in noun]
+        return "L" in kinds and all(kind in "LM" or sign == "-" for kind, sign in zip(kinds, noun, strict=True))
+
+    return {
+        "lowercase": lambda surface, tag: surface.lower(),
+        "surface": lambda surface, tag: surface,
+        "letters": lambda surface, tag: surface.lower() if is_letters(surface.lower()) else None,
+        "common": lambda surface, tag: surface.lower() if tag in ("NN", "NNS") else None,
+    }[view]  # fmt: skip
+
+
+@pytest.mark.parametrize("view", ["lowercase", "surface", "letters", "common"])
+@settings(max_examples=40)
+@given(captions=CAPTIONS, threshold=st.integers(0, 4))
+def test_views_are_those_of_plain_python(view, captions, threshold):
+    total, holding = occurrences(captions, view_key(view))
+    counts = counted(captions)
+    distinct = Distinct.of(counts, view)
+    figures = dict(zip(distinct.nouns.to_pylist(), distinct.counts.tolist(), strict=True))
+    assert figures == total
+    held = dict(zip(distinct.nouns.to_pylist(), distinct.captions.tolist(), strict=True))
+    if view in ("lowercase", "letters"):
+        assert held == holding
+    else:
+        assert all(holding[noun] <= held[noun] <= min(total[noun], counts.num_captions) for noun in total)
+    stats = summarise(counts, view, threshold)
+    num_valid = sum(count > threshold for count in total.values())
+    assert (stats.distinct_nouns, stats.valid_nouns, stats.total_nouns) == (len(total), num_valid, total.total())
+    assert stats.vn_dn == (num_valid / len(total) if total else 0)
+    assert stats.nouns_per_image == (total.total() / counts.num_captions if counts.num_captions else 0)
+    assert (stats.view, stats.threshold, stats.tagger) == (view, threshold, NAME)
+    assert distinct.top(3) == sorted(total.items(), key=lambda item: (-item[1], item[0]))[:3]
 
 
 def test_threshold_is_more_than_ten():
-    assert THRESHOLD == 10
-    table = Counter({("ten", "NN"): 10, ("eleven", "NN"): 11, ("Split", "NNP"): 5, ("split", "NN"): 6})
-    stats = summarise(NounCounts("t", approximate=False, num_captions=4, table=table))
+    captions = [[("ten", "NN")]] * 10 + [[("eleven", "NN")]] * 11 + [[("Split", "NNP")]] * 5 + [[("split", "NN")]] * 6
+    stats = summarise(counted([*captions, None]))
+    assert THRESHOLD == stats.threshold == 10
     assert (stats.valid_nouns, stats.distinct_nouns, stats.total_nouns) == (2, 3, 32)
-    assert stats.vn_dn == pytest.approx(2 / 3)
-    assert stats.nouns_per_image == 8.0
-    assert stats.top_nouns == (("eleven", 11), ("split", 11), ("ten", 10))
+    assert (stats.num_captions, stats.num_empty, stats.nouns_per_image) == (32, 1, 1.0)
 
 
-def test_nothing_counted_gives_zeros():
-    stats = summarise(NounCounts("t", approximate=False))
-    assert (stats.vn_dn, stats.nouns_per_image, stats.distinct_nouns) == (0, 0, 0)
+@pytest.mark.parametrize("view", VIEWS)
+def test_nothing_counted_gives_zeros(view):
+    for counts in (counted([]), NounCounts("t", approximate=False), counted([[("red", "JJ")]])):
+        stats = summarise(counts, view)
+        assert (stats.vn_dn, stats.nouns_per_image, stats.distinct_nouns) == (0, 0, 0)
+        assert Distinct.of(counts, view).top(5) == []
+        assert rows(counts.merge([counts]))[0] == {}
 
 
-def test_table_round_trip_through_parquet(lexicon_tagger, tmp_path):
-    counts = count_nouns([*SENTENCES, None], lexicon_tagger)
+def test_lower_case_is_that_of_python():
+    """For every sign of Unicode, and words whose lower case depends on the place."""
+    signs = [chr(code) for code in range(sys.maxunicode + 1) if not 0xD800 <= code <= 0xDFFF]
+    words = [*signs, *WORDS, "ΑΣ", "ΑΣΑΣ", "Σ", "AΣ-", "A\u0345Σ", ""]
+    assert lowercase(pa.array(words, pa.large_string())).to_pylist() == [word.lower() for word in words]
+    assert lowercase(pa.array([], pa.large_string())).to_pylist() == []
+
+
+def test_every_row_can_say_what_it_counts():
+    exact, rough = counted([[("cat", "NN")]]), counted([[("cat", "NN")]], "textblob", approximate=True)
+    assert definition(summarise(exact)) == DEFINITION
+    assert definition(summarise(rough)) == APPROXIMATE_DEFINITION
+    texts = [definition(summarise(exact, view, threshold)) for view in VIEWS for threshold in (5, 10)]
+    assert len(set(texts)) == len(texts)
+    assert all("pos_tag(word_tokenize(caption))" in text for text in texts)
+    assert "more than 5 times" in texts[0]
+
+
+def test_table_round_trip_through_parquet(tmp_path):
+    captions = [[(word, "NN"), (word.upper(), "NNP"), (word, "NN")] for word in WORDS]
+    counts = counted([*captions, None])
     pq.write_table(counts.to_table(), tmp_path / "nouns.parquet")
     table = pq.read_table(tmp_path / "nouns.parquet")
     assert table.schema.equals(NOUNS)
-    assert table.column("surface").to_pylist() == sorted(table.column("surface").to_pylist())
-    assert NounCounts.from_table(table) == counts
+    pairs = list(zip(table["surface"].to_pylist(), table["tag"].to_pylist(), strict=True))
+    assert pairs == sorted(pairs)
+    assert rows(NounCounts.from_table(table)) == rows(counts)
+    again = NounCounts.from_table(table).merge([counted([[("new", "NN")]])])
+    assert (again.num_captions, again.num_empty) == (len(captions) + 1, 1)
+
+
+def changed(table, **columns):
+    for name, values in columns.items():
+        table = table.set_column(
+            NOUNS.get_field_index(name), NOUNS.field(name), pa.array(values, NOUNS.field(name).type)
+        )
+    return table
+
+
+WHOLE = counted([[("cat", "NN"), ("cat", "NN")], [("dog", "NN")]]).to_table()
 
 
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        (pa.table({"key": ["a"]}), "expected columns surface, tag, count"),
-        (pa.table([[], [], []], schema=NOUNS), "metadata missing"),
-        (pa.table([[], [], []], schema=NOUNS.with_metadata({"pixart.nouns": "{"})), "metadata missing or damaged"),
-        (pa.table([[], [], []], schema=NOUNS.with_metadata({"pixart.nouns": "{}"})), "metadata missing or damaged"),
+        (pa.table({"key": ["a"]}), "expected columns surface, tag, count, captions, first_captions, found key"),
+        (WHOLE.drop_columns(["captions", "first_captions"]), "found surface, tag, count; run `pixart stats` again"),
+        (WHOLE.replace_schema_metadata(None), "metadata missing"),
+        (WHOLE.replace_schema_metadata({"pixart.nouns": "{"}), "metadata missing or damaged"),
+        (WHOLE.replace_schema_metadata({"pixart.nouns": "{}"}), "metadata missing or damaged"),
+        (WHOLE.replace_schema_metadata({"pixart.nouns": "[]"}), "metadata missing or damaged"),
+        (changed(WHOLE, count=[1, 1], captions=[2, 1]), "in more captions than it occurs"),
+        (changed(WHOLE, count=[9, 1], captions=[3, 1]), "in more captions than there are"),
+        (changed(WHOLE, first_captions=[-1, 1]), "in more captions than it occurs"),
+        (changed(WHOLE, tag=["NN", "VB"]), "a tag is no noun's"),
+        (changed(WHOLE, surface=["cat", None]), "a column has nulls"),
     ],
 )
-def test_foreign_tables_are_refused(table, message):
+def test_foreign_and_damaged_tables_are_refused(table, message):
     with pytest.raises(DataError, match=message):
         NounCounts.from_table(table)
+
+
+def test_metadata_that_does_not_add_up_is_refused():
+    facts = WHOLE.schema.metadata[b"pixart.nouns"]
+    table = WHOLE.replace_schema_metadata({b"pixart.nouns": facts.replace(b'"num_captions": 2', b'"num_captions": 3')})
+    with pytest.raises(DataError, match="does not add up to the captions"):
+        NounCounts.from_table(table)
+
+
+def test_nouns_are_those_of_the_engine(nltk_data):
+    """From texts: the engine's tags, counted, are NLTK's own nouns."""
+    import nltk
+
+    texts = ["Two dogs chase a red ball across the grass. A Cat and a cat sit.", None, "The Kitchen table.", " "]
+    engine = NltkEngine()
+    counter = NounCounter(engine.name, engine.approximate, engine.vocabulary)
+    counter.add(engine.tag(pa.array(texts)))
+    tagged = [nltk.pos_tag(nltk.word_tokenize(text)) if (text or "").strip() else None for text in texts]
+    table, facts, per_caption = by_hand(tagged)
+    assert rows(counter.take()) == (table, (engine.name, False, *facts[2:]), per_caption)
+    assert len(table) > 2
+
+
+def test_an_approximate_engine_marks_its_figures():
+    engine = TextBlobEngine()
+    counter = NounCounter(engine.name, engine.approximate, engine.vocabulary)
+    counter.add(engine.tag(pa.array(["A cat sits on a table."])))
+    stats = summarise(counter.take())
+    assert (stats.approximate, stats.distinct_nouns) == (True, 2)
+    assert "(approximate)" in stats.tagger
+    assert isinstance(stats, NounStats)
+    assert np.isclose(stats.nouns_per_image, 2)
+
+
+@pytest.fixture
+def no_wordnet(monkeypatch, tmp_path):
+    """NLTK as on a machine without WordNet."""
+    from nltk.corpus.reader import WordNetCorpusReader
+    from nltk.corpus.util import LazyCorpusLoader
+
+    monkeypatch.setattr("nltk.data.path", [str(tmp_path)])
+    monkeypatch.setattr("nltk.corpus.wordnet", LazyCorpusLoader("wordnet", WordNetCorpusReader, "unused"))
+    return tmp_path
+
+
+def write_wordnet(folder, nouns, exceptions):
+    """A WordNet in its own format, of nouns alone."""
+    folder.mkdir(parents=True)
+    for kind in ("adj", "adv", "noun", "verb"):
+        for name in (f"index.{kind}", f"{kind}.exc", f"data.{kind}"):
+            (folder / name).write_text("")
+    (folder / "data.adj").write_text("  1 WordNet 7.5 Copyright of nobody\n")
+    (folder / "index.noun").write_text("".join(f"{noun} n 1 0 1 0 00000001  \n" for noun in nouns))
+    (folder / "noun.exc").write_text("".join(f"{form} {noun}\n" for form, noun in exceptions.items()))
+    for name in ("cntlist.rev", "lexnames", "index.sense"):
+        (folder / name).write_text("")
+
+
+LEMMA_CAPTIONS = [
+    [("Cats", "NNS"), ("cats", "NNP"), ("cat", "NN"), ("Children", "NNPS"), ("children", "NN")],
+    [("glass", "NN"), ("GLASSES", "NNS"), ("Mice", "NNP"), ("blorps", "NNS")],
+]
+
+
+def lemma_counts():
+    distinct = Distinct.of(counted(LEMMA_CAPTIONS), "lemma")
+    return dict(zip(distinct.nouns.to_pylist(), distinct.counts.tolist(), strict=True)), distinct.rule
+
+
+def test_lemmas_without_wordnet_are_singulars_and_say_so(no_wordnet):
+    figures, rule = lemma_counts()
+    assert figures == {"cat": 2, "cats": 1, "child": 1, "children": 1, "glass": 2, "mice": 1, "blorp": 1}
+    assert "TextBlob" in rule
+    assert rule in definition(summarise(counted(LEMMA_CAPTIONS), "lemma"))
+
+
+def test_lemmas_with_wordnet_are_its_own_and_say_so(no_wordnet):
+    folder = no_wordnet / "corpora" / "wordnet"
+    write_wordnet(folder, ["cat", "child", "glass", "mouse"], {"children": "child", "mice": "mouse"})
+    figures, rule = lemma_counts()
+    assert figures == {"cat": 3, "child": 2, "glass": 2, "mouse": 1, "blorps": 1}
+    assert rule == "lemmas of lower-cased surfaces by NLTK's WordNetLemmatizer and WordNet 7.5"
+    assert rule in definition(summarise(counted(LEMMA_CAPTIONS), "lemma"))
+
+
+def test_a_damaged_wordnet_is_as_none(no_wordnet):
+    write_wordnet(no_wordnet / "corpora" / "wordnet", ["cat"], {})
+    (no_wordnet / "corpora" / "wordnet" / "index.noun").write_text("cat n x\n")
+    assert "TextBlob" in lemmas.find_lemmatizer().rule

@@ -56,6 +56,14 @@ def test_only_what_was_kept_is_read(folder, root):
     assert [sample.data for sample in read_samples(units[1], source)] == [b"image 2", b"image 3"]
 
 
+def test_of_the_samples_asked_for_by_key_those_that_were_kept_are_read(folder, root):
+    seal(root, find_units(source_of(folder)), ["pictures/1"], ["pictures/2", "pictures/3"], [])
+    source = source_of(folder, root)
+    wanted = {"pictures/0", "pictures/1", "pictures/3", "pictures/4"}
+    samples = [sample for unit in find_units(source) for sample in read_samples(unit, source, keys=wanted)]
+    assert [sample.key for sample in samples] == ["pictures/1", "pictures/3"]
+
+
 def test_a_fingerprint_changes_with_the_kept_keys_of_its_unit_alone(folder, root):
     all_units = find_units(source_of(folder))
     seal(root, all_units, ["pictures/0"], ["pictures/2"], ["pictures/4"])

@@ -10,7 +10,7 @@ from PIL import Image
 from pixart_data import chats, events, servers
 from pixart_data.config import load
 from pixart_data.errors import ConfigError, JobError, TransientError
-from pixart_data.questions import Caption, NoCaption
+from pixart_data.questions import Caption, Decoding, NoCaption
 from pixart_data.sections import Captioner as Section
 from pixart_data.servers import ServedCaptioner
 from tests.chats import ChatServer, answer, completion, free_port, hang, reset, status
@@ -82,6 +82,22 @@ def test_a_request_says_all_that_decides_the_answer(server, connect):
     assert bodies[0]["seed"] == bodies[2]["seed"] != bodies[1]["seed"]
     assert all(0 <= body["seed"] < 1 << 31 for body in bodies)
     assert [part["type"] for part in bodies[0]["messages"][0]["content"]] == ["image_url", "text"]
+
+
+def test_an_answer_asked_for_again_is_asked_with_other_decoding(server, connect):
+    engine = connect(server, captioner={"prompts": {"short": "In short?"}})
+    batch = {"image": [engine.prepare(picture())] * 2, "raw_caption": [None] * 2, "seed": [1, 2]}
+    decodings = [Decoding(0.5, 0.9, 14, 0.3), Decoding(0.0, 1.0, 9)]
+    found = engine(batch | {"decoding": decodings})["answers"]
+    assert [list(answers) for answers in found] == [["caption"]] * 2
+    bodies = sorted((request.body for request in server.of_rows), key=lambda body: body["temperature"])
+    assert bodies[0]["seed"] != bodies[1]["seed"]
+    said = [{name: body.get(name) for name in ("temperature", "top_p", "max_tokens")} for body in bodies]
+    assert said == [
+        {"temperature": 0.0, "top_p": 1.0, "max_tokens": 9},
+        {"temperature": 0.5, "top_p": 0.9, "max_tokens": 14},
+    ]
+    assert [body.get("frequency_penalty") for body in bodies] == [None, 0.3]
 
 
 def test_a_picture_travels_as_a_jpeg_of_the_size_asked_for(server, connect):

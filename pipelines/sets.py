@@ -1,0 +1,132 @@
+"""The sets of captions of a `stats` job: their units of work, and which set is compared with which."""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from pipelines.config import CaptionSet, Stats
+from pixart_data.captions import CaptionFile
+from pixart_data.columns import TEXT
+from pixart_data.errors import ConfigError
+from pixart_data.inputs import Kinds, find_captions, look_at, require_text
+from pixart_data.units import encode_name
+
+RAW = "-raw"
+
+
+@dataclass(frozen=True)
+class CountUnit:
+    """A unit: one file of one set, or a slice of it.
+
+    Attributes:
+        beside: The column that the captions are compared with on the same images; empty: none.
+        is_raw: Whether the set is the raw captions of another one, whose images it does not count again.
+    """
+
+    id: str
+    set_name: str
+    file: CaptionFile
+    column: str
+    beside: str = ""
+    is_raw: bool = False
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the file does."""
+        return self.file.fingerprint
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """What is read besides the captions, by what it is: a model's captions come with how they were asked for."""
+        texts = {"beside": self.beside} if self.beside else {}
+        if self.column.startswith("caption"):
+            suffix = self.column.removeprefix("caption")
+            texts |= {"error": f"error{suffix}", "finish_reason": f"finish_reason{suffix}"}
+            texts |= {} if suffix else {"prompt": "prompt"}
+        return texts
+
+
+@dataclass
+class Sets:
+    """All sets of a job.
+
+    Attributes:
+        units: In the order of the report, raw captions right before the set that they came with.
+        compared: Names of sets by the name of the set that is compared with them.
+        derived: Names of the sets that the job does not name itself.
+    """
+
+    units: list[CountUnit] = field(default_factory=list)
+    compared: dict[str, str] = field(default_factory=dict)
+    derived: set[str] = field(default_factory=set)
+
+    @property
+    def names(self) -> list[str]:
+        """The names, in the order of the report."""
+        return list(dict.fromkeys(unit.set_name for unit in self.units))
+
+
+def find_sets(job: Stats) -> Sets:
+    """Find the files of every set.
+
+    Raises:
+        ConfigError: If a path or a column is not there, or a name of `compare` is that of no set.
+        DataError: If a file cannot be read.
+    """
+    sets = Sets()
+    for caption_set in job.sets:
+        _add(sets, job, caption_set)
+    for name, other in job.compare.items():
+        for given in (name, other):
+            if given not in sets.names:
+                close = difflib.get_close_matches(given, sets.names, n=1, cutoff=0.5)
+                hint = f"did you mean '{close[0]}'?" if close else "name one of these"
+                found = ", ".join(f"'{known}'" for known in sets.names)
+                raise ConfigError(f"compare: expected names of sets, which are {found}, found '{given}'; {hint}")
+        sets.compared[name] = other
+    return sets
+
+
+def _add(sets: Sets, job: Stats, caption_set: CaptionSet) -> None:
+    name, column = caption_set.name, caption_set.column
+    files = find_captions(caption_set.path, f"sets.{name}.path")
+    tables = look_at(files)
+    require_text(tables, f"sets.{name}.column", column)
+    dense = next((other for other in job.sets if _is_raw_of(caption_set, other)), None)
+    if dense is not None and _has_column(dense.column, files, tables):
+        sets.units += _units(name, files, column, dense.column, is_raw=True)
+        return
+    raw = caption_set.raw_column
+    if not raw or raw == column or not _has_column(raw, files, tables):
+        sets.units += _units(name, files, column)
+        return
+    given = next((other.name for other in job.sets if _is_raw_of(other, caption_set)), None)
+    sets.compared[name] = given or f"{name}{RAW}"
+    if given is None:
+        if any(other.name == sets.compared[name] for other in job.sets):
+            raise ConfigError(
+                f"sets: '{sets.compared[name]}' is what the raw captions of '{name}' are called; give the other set "
+                "of this name another one"
+            )
+        sets.derived.add(sets.compared[name])
+        sets.units += _units(sets.compared[name], files, raw, column, is_raw=True)
+    sets.units += _units(name, files, column, raw)
+
+
+def _is_raw_of(raw: CaptionSet, dense: CaptionSet) -> bool:
+    same_place = raw.path.rstrip("/") == dense.path.rstrip("/")
+    return same_place and raw.column == dense.raw_column and raw.column != dense.column
+
+
+def _has_column(column: str, files: Sequence[CaptionFile], tables: Mapping[str, Kinds]) -> bool:
+    """Tell whether every file has a column of text; text files have none."""
+    every = all(kinds.get(column) == "text" for kinds in tables.values())
+    return bool(tables) and every and not any(file.path.endswith(TEXT) for file in files)
+
+
+def _units(
+    name: str, files: Sequence[CaptionFile], column: str, beside: str = "", is_raw: bool = False
+) -> Iterator[CountUnit]:
+    encoded = encode_name(name, max_length=60)
+    for file in files:
+        yield CountUnit(f"{encoded}--{file.id}", name, file, column, beside, is_raw)
