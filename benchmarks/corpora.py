@@ -17,6 +17,7 @@ _FILES = {DENSE: ("llava_coco.parquet", "vlm_other.parquet"), ALT_TEXT: ("laion_
 _MADE_UP = {DENSE: 1750, ALT_TEXT: 5000}
 _LETTERS = np.frombuffer(b"etaoinshrdlucmfwygpbvkxqjz", np.uint8)
 _WORD_BYTES = 10
+_AT_ONCE = 1 << 16
 
 _NOUNS = ("dog", "cat", "table", "kitchen", "street", "woman", "man", "child", "bench", "horse", "train", "umbrella")
 _ADJECTIVES = ("small", "red", "wooden", "old", "bright", "striped", "empty", "well-lit", "black-and-white", "blurry")
@@ -72,14 +73,17 @@ class Zipf:
 
 def _spelled(count: int) -> pa.Array:
     """Return distinct words of letters, short ones first: ranks, written with letters for digits."""
-    ranks = np.arange(count)
+    return pa.concat_arrays([_spell(np.arange(i, min(i + _AT_ONCE, count))) for i in range(0, count, _AT_ONCE)])
+
+
+def _spell(ranks: npt.NDArray[np.int64]) -> pa.Array:
     columns: list[npt.NDArray[np.uint8]] = []
-    sizes = np.full(count, 2)
+    sizes = np.full(len(ranks), 2)
     for place in range(_WORD_BYTES):
         columns.append(_LETTERS[ranks % len(_LETTERS)])
         ranks = ranks // len(_LETTERS)
         sizes += (ranks > 0) & (place > 0)
-    text = np.stack(columns, axis=1)
     kept = np.arange(_WORD_BYTES) < sizes[:, None]
+    text = np.stack(columns, axis=1)[kept]
     ends = np.concatenate([np.zeros(1, np.int32), np.cumsum(sizes, dtype=np.int32)])
-    return pa.StringArray.from_buffers(count, pa.py_buffer(ends.tobytes()), pa.py_buffer(text[kept].tobytes()))
+    return pa.StringArray.from_buffers(len(sizes), pa.py_buffer(ends.tobytes()), pa.py_buffer(text.tobytes()))

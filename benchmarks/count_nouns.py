@@ -8,16 +8,16 @@ both kinds. NLTK is `pos_tag(word_tokenize(caption))` in a loop, with a Counter 
 measured by its CPU time:
 
     nltk    all captions once
-    cold    ours, with an engine that has just been opened: it meets every word for the first time. That it was compiled
-            before is not in the time, but shown
+    cold    ours, with an engine that has just been opened and knows no words but those of its proof. That it was
+            compiled before is not in the time, but shown
     warm    ours, with the captions that the engine has met: passes for half a second at least
 
 A ratio is the median of the ratios inside each round; the exit code is 1 if a limit is missed.
 
 Then, in processes of their own: the time of the first start on a machine, which compiles, and of a later one, with the
 memory that each stage takes; two processes at once against one; captions read from Parquet, with and without counting;
-and the peak memory of counting a stream of captions whose words are spread by Zipf's law, a million captions a unit, the
-units merged at the end as `pixart stats` does it.
+and the peak memory of counting a stream of captions whose words are spread by Zipf's law, a million captions a unit,
+and of merging the units as `pixart stats` does it.
 
 NLTK's data files must be where NLTK finds them: set NLTK_DATA, if they are not in `../shared/nltk_data`.
 """
@@ -33,6 +33,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,10 @@ def measure(captions: pa.Array, rounds: int) -> tuple[Rates, int]:
     rates: Rates = {"nltk": [], "cold": [], "warm": []}
     for number in range(rounds):
         sys.stderr.write(f"round {number + 1} of {rounds}\n")
-        expected, took_s = counting.timed(lambda: counting.count_by_nltk(texts))
+        expected, took_s = counting.timed(partial(counting.count_by_nltk, texts))
         rates["nltk"].append(len(texts) / took_s)
         ours = counting.Ours()
-        _, took_s = counting.timed(lambda ours=ours: ours.add(captions))
+        _, took_s = counting.timed(partial(ours.add, captions))
         rates["cold"].append(len(texts) / took_s)
         _require_equal(expected, ours.counts())
         passes, start_s = 0, time.process_time()
@@ -136,7 +137,7 @@ def answer(process: "subprocess.Popen[str]") -> dict[str, Any]:
     assert process.stdout is not None
     line = process.stdout.readline()
     if not line:
-        raise RuntimeError(f"{process.args}: ended with {process.wait()}; its error stands above")
+        raise RuntimeError(f"{process.args!r}: ended with {process.wait()}; its error stands above")
     found: dict[str, Any] = json.loads(line)
     return found
 
@@ -176,8 +177,8 @@ def scaling(seconds: float) -> str:
             process.communicate()
     (wall, cpu), (wall2, cpu2) = rates[1], rates[2]
     return (
-        f"dense captions, warm: one process {wall:,.0f} captions/s, two {wall2:,.0f} ({wall2 / wall:.2f} times as many; "
-        f"by CPU time {cpu2 / cpu:.2f})"
+        f"dense captions, warm: one process {wall:,.0f} captions/s, two {wall2:,.0f}, {wall2 / wall:.2f} times as "
+        f"many; each by its CPU time, {cpu2 / cpu:.2f} times"
     )
 
 
@@ -199,9 +200,9 @@ def memory(num_captions: int) -> tuple[str, dict[str, Any]]:
     verdict = "PASS" if found["peak_bytes"] < ZIPF_LIMIT_BYTES else "MISSED"
     text = (
         f"{num_captions:,} captions of {found['num_words']:,} distinct words: peak {found['peak_bytes'] / 1e9:.2f} GB "
-        f"(at most {ZIPF_LIMIT_BYTES / 1e9:g}) {verdict}, of which merging's share {found['merging_bytes'] / 1e9:.2f}; "
+        f"(at most {ZIPF_LIMIT_BYTES / 1e9:g}) {verdict}, to which merging adds {found['merging_bytes'] / 1e9:.2f}; "
         f"{found['rate']:,.0f} captions per CPU-second, merging {found['merge_s']:.0f} s, "
-        f"{found['distinct_nouns']:,} rows"
+        f"{found['num_rows']:,} rows"
     )
     return text, found
 

@@ -13,6 +13,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -115,13 +116,13 @@ def show_reading(folder: Path, num_captions: int) -> None:
     pq.write_table(pa.table({"caption": texts}), path, row_group_size=1 << 15, compression="zstd")
     ours = Ours()
     found = {}
-    for name, use in (("read", lambda captions: None), ("counted", ours.add)):
-        count, took_s = timed(lambda use=use: _read(path, use))
+    for name, use in (("read", len), ("counted", ours.add)):
+        count, took_s = timed(partial(_read, path, use))
         found[name] = {"num_captions": count, "cpu_s": took_s}
     _say(size_bytes=path.stat().st_size, **found)
 
 
-def _read(path: Path, use: Callable[[pa.Array], None]) -> int:
+def _read(path: Path, use: Callable[[pa.Array], object]) -> int:
     count = 0
     for rows in read_columns(CaptionFile("captions", str(path), ""), "caption"):
         use(rows.captions)
@@ -131,30 +132,35 @@ def _read(path: Path, use: Callable[[pa.Array], None]) -> int:
 
 def show_zipf(folder: Path, num_captions: int) -> None:
     """Count a stream of captions unit by unit, as a worker does, and merge the units, as the driver does."""
-    ours, stream = Ours(), Zipf(_ZIPF_WORDS)
-    parts: list[Path] = []
-    took_s, left = 0.0, num_captions
-    while left > 0:
-        for _ in range(0, min(left, _UNIT), _BLOCK):
-            captions = stream.captions(min(left, _BLOCK))
-            took_s += timed(lambda captions=captions: ours.add(captions))[1]
-            left -= len(captions)
-        counts, spent_s = timed(ours.counter.take)
-        took_s += spent_s
-        parts.append(folder / f"{len(parts)}.parquet")
-        pq.write_table(counts.to_table(), parts[-1])
-        sys.stderr.write(f"{num_captions - left:,} captions, {_peak_bytes() / 1e9:.2f} GB\n")
-    num_words, counting_bytes = len(ours.engine.vocabulary), _peak_bytes()
-    del ours, counts
-    whole, merge_s = timed(lambda: _merged(parts))
+    parts, num_words, took_s = _count_stream(folder, num_captions)
+    counting_bytes = _peak_bytes()
+    whole, merge_s = timed(partial(_merged, parts))
     _say(
         num_words=num_words,
         peak_bytes=_peak_bytes(),
         merging_bytes=_peak_bytes() - counting_bytes,
         rate=num_captions / took_s,
         merge_s=merge_s,
-        distinct_nouns=whole.table.num_rows,
+        num_rows=whole.table.num_rows,
     )
+
+
+def _count_stream(folder: Path, num_captions: int) -> tuple[list[Path], int, float]:
+    ours, stream = Ours(), Zipf(_ZIPF_WORDS)
+    parts: list[Path] = []
+    took_s, left = 0.0, num_captions
+    while left > 0:
+        rest = max(0, left - _UNIT)
+        while left > rest:
+            captions = stream.captions(min(left - rest, _BLOCK))
+            took_s += timed(partial(ours.add, captions))[1]
+            left -= len(captions)
+        counts, spent_s = timed(ours.counter.take)
+        took_s += spent_s
+        parts.append(folder / f"{len(parts)}.parquet")
+        pq.write_table(counts.to_table(), parts[-1])
+        sys.stderr.write(f"{num_captions - left:,} captions, {_peak_bytes() / 1e9:.2f} GB\n")
+    return parts, len(ours.engine.vocabulary), took_s
 
 
 def _merged(parts: Sequence[Path]) -> NounCounts:

@@ -100,9 +100,12 @@ def _add(sets: Sets, job: Stats, caption_set: CaptionSet) -> None:
     if not raw or raw == column or not _has_column(raw, files, tables):
         sets.units += _units(name, files, column)
         return
-    given = next((other.name for other in job.sets if _is_raw_of(other, caption_set)), None)
-    sets.compared[name] = given or f"{name}{RAW}"
-    if given is None:
+    named = [other.name for other in job.sets if _is_raw_of(other, caption_set)]
+    named += [
+        other.name + RAW for other in job.sets if other.name + RAW in sets.derived and _same_raw(other, caption_set)
+    ]
+    sets.compared[name] = next(iter(named), f"{name}{RAW}")
+    if not named:
         if any(other.name == sets.compared[name] for other in job.sets):
             raise ConfigError(
                 f"sets: '{sets.compared[name]}' is what the raw captions of '{name}' are called; give the other set "
@@ -114,8 +117,15 @@ def _add(sets: Sets, job: Stats, caption_set: CaptionSet) -> None:
 
 
 def _is_raw_of(raw: CaptionSet, dense: CaptionSet) -> bool:
-    same_place = raw.path.rstrip("/") == dense.path.rstrip("/")
-    return same_place and raw.column == dense.raw_column and raw.column != dense.column
+    return _same_place(raw, dense) and raw.column == dense.raw_column and raw.column != dense.column
+
+
+def _same_raw(one: CaptionSet, other: CaptionSet) -> bool:
+    return _same_place(one, other) and one.raw_column == other.raw_column
+
+
+def _same_place(one: CaptionSet, other: CaptionSet) -> bool:
+    return one.path.rstrip("/") == other.path.rstrip("/")
 
 
 def _has_column(column: str, files: Sequence[CaptionFile], tables: Mapping[str, Kinds]) -> bool:

@@ -1,7 +1,6 @@
 """`pixart stats`: captions to nouns and quality, one part for each file, then one report beside the paper's Table 1."""
 
 import logging
-import threading
 from collections import Counter
 from contextlib import ExitStack
 from functools import partial
@@ -40,7 +39,6 @@ VERSION = 2
 """Of what a unit's files and record hold; units of another one are redone."""
 
 _SIZES = (("width_px", "width"), ("height_px", "height"))
-_PATIENCE_S = 5.0  # of whoever waits for a first line
 _TRIED_OUT = ("Two dogs run. A red house stands to the left of the tree.", None)
 
 log = logging.getLogger(__name__)
@@ -256,16 +254,8 @@ def run(job: Stats) -> list[tuple[Run, Account]]:
 
 def _announce(prepared: Run) -> None:
     """Say which engine counts, and why; what must be compiled is compiled here, for the workers of this machine."""
-    patience = threading.Timer(
-        _PATIENCE_S, log.info, ["%s: compiling the tagger, once on a machine; it can take a minute", STAGE]
-    )
-    patience.daemon = True
-    patience.start()
-    try:
-        stage: Any = prepared.build()
-    finally:
-        patience.cancel()
-    if stage.engine.approximate:  # the other engines have said so themselves
+    stage: Any = prepared.build()
+    if stage.engine.approximate:  # the others have said so themselves
         log.info("%s: %s, as `approximate` asks; figures are marked with ~", STAGE, stage.engine.name)
 
 

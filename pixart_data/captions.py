@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
@@ -104,7 +104,7 @@ def caption_files(
 def named_files(paths: Sequence[Path], root: Path) -> list[tuple[str, Path]]:
     """Return files with names for units, by their paths below `root`; hidden files are left out."""
     found = [p for p in paths if not p.name.startswith(".")]
-    relative = [p.relative_to(root) for p in found]
+    relative = [PurePosixPath(str(p)[len(str(root)) :].lstrip("/")) for p in found]  # those of a store have no `name`
     stems = Counter(p.with_suffix("") for p in relative)
     names = [p if stems[p.with_suffix("")] > 1 else p.with_suffix("") for p in relative]
     return [(encode_name(name.as_posix()), p) for name, p in zip(names, found, strict=True)]

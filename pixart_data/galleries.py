@@ -44,6 +44,7 @@ _QUALITIES = (85, 75, 65, 50)
 _SMALLER = 0.8
 _STEP = 0x9E3779B97F4A7C15
 _SHOWN = 3
+_WHOLE = 1 << 62
 _KEY = re.compile(r"(?<!\S)source\.(?=[a-z])")  # of the job file, in a message; not of a path
 
 
@@ -138,8 +139,10 @@ def find_shards(source: Source) -> dict[str, list[Unit]]:
         DataError: If the source cannot be listed.
     """
     shards: dict[str, list[Unit]] = defaultdict(list)
+    # Each slice of a tar would read all of its headers; but what a filter kept, it kept of slices.
+    whole = source if source.kept else source.model_copy(update={"bytes_per_unit": _WHOLE})
     try:
-        for unit in find_units(source):
+        for unit in find_units(whole):
             shards[unit.name].append(unit)
     except ConfigError as error:
         raise ConfigError(_KEY.sub("gallery.source.", str(error))) from error

@@ -76,6 +76,10 @@ class Lengths:
             tally.num_tokens += int(here.sum())
             tally.num_lost += int(np.maximum(here - self.max_tokens, 0).sum())
 
+    def emptied(self, level: int) -> "Lengths":
+        """Return figures of no captions by the same tokenizer."""
+        return Lengths(self.tokenizer, self.identity, self.max_tokens, self.cleaning, level)
+
     @property
     def _last(self) -> int:
         return max(_MOST_COUNTED, 2 * self.max_tokens)
@@ -170,8 +174,8 @@ class LengthCounter:
     Args:
         tokenizer: A folder or a hub id that `AutoTokenizer` loads.
         max_tokens: Longer captions are cut.
-        num_rows: Of the whole corpus, as far as it is known when the job starts; 0 counts every row. It need not be in
-            the digest of a unit: see `Lengths.merge`.
+        num_rows: Of the whole corpus, as far as it is known when the job starts, see `begin`; 0 counts every row. It
+            need not be in the digest of a unit: see `Lengths.merge`.
         sample_rows: So many of them are counted at most, on average.
         subfolder: Folder of the tokenizer inside its repository.
         revision: Branch, tag or commit on the hub.
@@ -191,14 +195,13 @@ class LengthCounter:
         revision: str | None = None,
     ) -> None:
         self._tokenizer = load_tokenizer(tokenizer, subfolder, revision)
-        self._level = shares.level_of(num_rows, sample_rows)
-        self._name = tokenizer
-        self._identity = _identity(self._tokenizer)
-        self._max_tokens = max_tokens
-        self._lengths = self._empty()
+        self._sample_rows = sample_rows
+        self._lengths = Lengths(tokenizer, _identity(self._tokenizer), max_tokens)
+        self.begin(num_rows)
 
-    def _empty(self) -> Lengths:
-        return Lengths(self._name, self._identity, self._max_tokens, level=self._level)
+    def begin(self, num_rows: int) -> None:
+        """Start anew, with captions of a corpus of so many rows; a job of several sets calls this for each unit."""
+        self._lengths = self._lengths.emptied(shares.level_of(num_rows, self._sample_rows))
 
     def add(
         self, captions: pa.Array | pa.ChunkedArray | Sequence[str | None], first_row: int = 0, file: str = ""
@@ -211,7 +214,7 @@ class LengthCounter:
             file: What the file is called, however it is cut into units: its name in the corpus, not that of the unit.
         """
         drawn = shares.levels(file, first_row, len(captions))
-        places = np.flatnonzero(drawn >= self._level)
+        places = np.flatnonzero(drawn >= self._lengths.level)
         for start in range(0, len(places), _CAPTIONS_AT_ONCE):
             some = places[start : start + _CAPTIONS_AT_ONCE]
             texts = [clean(text, _CLEANING) for text in _texts(captions, some)]
@@ -222,7 +225,8 @@ class LengthCounter:
 
     def take(self) -> Lengths:
         """Return what was counted since this was called last, and start anew."""
-        taken, self._lengths = self._lengths, self._empty()
+        taken = self._lengths
+        self._lengths = taken.emptied(taken.level)
         return taken
 
 

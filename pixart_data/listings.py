@@ -209,7 +209,7 @@ def pair_table(dense: Corpus, raw: Corpus) -> str:
         for what, a, b, form in rows
     ]
     caption = f"{dense.name[:_LABEL_CHARS]} against {raw.name[:_LABEL_CHARS]}"
-    return table(caption, ("", raw.name[:_LABEL_CHARS], dense.name[:_LABEL_CHARS], "Times"), [Group("", cells)])
+    return table(caption, ("Figure", raw.name[:_LABEL_CHARS], dense.name[:_LABEL_CHARS], "Times"), [Group("", cells)])
 
 
 def _same_images(dense: Mapping[str, int], raw: Mapping[str, int]) -> list[tuple[str, float, float, str]]:

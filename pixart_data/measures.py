@@ -54,9 +54,8 @@ _ROLES = {
 _ENDS, _CLOSES = 1, 2
 _SENTENCE_END = r"""[.!?…。！？।؟]["'”’»)\]}]*$"""
 _CLOSER = r"""^(?:["'”’»)\]}`]+|-RRB-)$"""
-_PAIR, _NGRAM = 2, 4
+_NGRAM = 4
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
-_FACTOR_2 = np.uint64(pow(0x9E3779B97F4A7C15, _PAIR, 1 << 64))
 _FACTOR_4 = np.uint64(pow(0x9E3779B97F4A7C15, _NGRAM, 1 << 64))
 _ONE = np.uint64(1)
 
@@ -197,13 +196,12 @@ def _shift(num_keys: int) -> Any:
 def _count_pairs(known: Known, words: Any, table: Stamped, stamp: Any, row: Any) -> None:
     """Distinct pairs of neighbours, in lower case."""
     folded, shift = known.folded, _shift(len(words))
-    pair, num_pairs = folded[words[0]], 0
+    last, num_pairs = folded[words[0]], 0
     for i in range(1, len(words)):
-        pair = pair * _FACTOR + folded[words[i]]
-        if i >= _PAIR:
-            pair -= folded[words[i - _PAIR]] * _FACTOR_2
-        if _is_new(table, shift, stamp, pair):
+        word = folded[words[i]]
+        if _is_new(table, shift, stamp, last * _FACTOR + word):
             num_pairs += 1
+        last = word
     row[14] = num_pairs
 
 

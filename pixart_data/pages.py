@@ -9,8 +9,8 @@ DOCTYPE = "<!DOCTYPE html>"
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d2433; --soft: #5c6679; --line: #d9dee7; --page: #ffffff; --card: #f5f7fa;
   --own: #2f6fde; --paper: #a9b4c6; --warn: #8a5200; --warn-page: #fff1d6; }
-@media screen and (prefers-color-scheme: dark) { :root { --ink: #e4e8f0; --soft: #9aa5b8; --line: #333b4a; --page: #141821;
-  --card: #1c222d; --own: #6ea0ff; --paper: #56627a; --warn: #ffcf87; --warn-page: #3d2c0c; } }
+@media screen and (prefers-color-scheme: dark) { :root { --ink: #e4e8f0; --soft: #9aa5b8; --line: #333b4a;
+  --page: #141821; --card: #1c222d; --own: #6ea0ff; --paper: #56627a; --warn: #ffcf87; --warn-page: #3d2c0c; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
 main { max-width: 60rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }

@@ -103,7 +103,7 @@ def noun_plot(corpora: Sequence[Corpus]) -> Plot | None:
 
 def growth_plot(corpora: Sequence[Corpus]) -> Plot | None:
     """Distinct and valid nouns of random subsets, both on log scales, with the paper's four points."""
-    shown = [(index, corpus) for index, corpus in enumerate(corpora) if corpus.growth]
+    shown = _grown(corpora)
     if not shown:
         return None
 
@@ -135,7 +135,7 @@ def growth_plot(corpora: Sequence[Corpus]) -> Plot | None:
 
 def density_plot(corpora: Sequence[Corpus]) -> Plot | None:
     """VN/DN of random subsets of each size, with the paper's four points: what compares at equal size only."""
-    shown = [(index, corpus) for index, corpus in enumerate(corpora) if corpus.growth]
+    shown = _grown(corpora)
     if not shown:
         return None
 
@@ -155,6 +155,11 @@ def density_plot(corpora: Sequence[Corpus]) -> Plot | None:
         return [*entries, *papers]
 
     return Plot("density", "VN/DN at equal numbers of captions", _equal_sizes(shown), draw)
+
+
+def _grown(corpora: Sequence[Corpus]) -> list[tuple[int, Corpus]]:
+    """Sets with nouns: a log scale has no zero."""
+    return [(i, corpus) for i, corpus in enumerate(corpora) if corpus.growth and corpus.growth[-1].distinct_nouns > 0]
 
 
 def _paper(
@@ -187,8 +192,8 @@ def _equal_sizes(shown: Sequence[tuple[int, Corpus]]) -> str:
     }
     ordered = sorted(at_size.items(), key=lambda item: -item[1])
     words = ", ".join(f"{name} {vn_dn:.1%}" for name, vn_dn in ordered)
-    kind = "Random subsets" if len(shown) > 1 else "All captions"
-    return f"{kind} of {smallest:,} captions: {words}. VN/DN moves with sample size; compare at one size only."
+    kind = "Random subsets of" if len(shown) > 1 else "All"
+    return f"{kind} {smallest:,} captions: {words}. VN/DN moves with sample size; compare at one size only."
 
 
 def _most_frequent(corpus: Corpus) -> str:

@@ -248,8 +248,8 @@ def _frames(corpora: Sequence[Corpus], plots: dict[str, Plot]) -> Iterator[str]:
     ]
     if not rows:
         yield (
-            "<p class=note>No sizes: the tables have no columns of width and height. Those that <code>pixart "
-            "caption</code> writes do.</p>"
+            "<p class=note>No sizes: the tables have no columns <code>width_px</code> and <code>height_px</code>. "
+            "Those that <code>pixart caption</code> writes do.</p>"
         )
         return
     head = ("Pictures of", "number", "trained at", "buckets used", "enlarged", "cropped away", "without a size")

@@ -55,8 +55,8 @@ def quality_sections(corpora: Sequence[Corpus], drawn: str) -> Iterator[str]:
         drawn: The figure of `quality_plot`, as HTML; empty for none.
     """
     measured = [corpus for corpus in corpora if corpus.quality]
-    failed = [corpus for corpus in corpora if _failures(corpus)]
-    if not measured and not failed:
+    judged = _judged(corpora)
+    if not judged:
         return
     yield "<h2>Quality of the captions</h2>"
     if measured:
@@ -67,23 +67,25 @@ def quality_sections(corpora: Sequence[Corpus], drawn: str) -> Iterator[str]:
             if any(name in _measures(corpus) for corpus in measured)
         ]
         yield table("Means over the captions", ("In a caption", *names), [Group("", rows)])
-    if failed:
-        found = [name for name in _FAILURES if any(name in _failures(corpus) for corpus in failed)]
-        found += sorted({name for corpus in failed for name in _failures(corpus)} - set(_FAILURES))
-        rows = [(label(_FAILURES.get(name, name)), [_failed(corpus, name) for corpus in failed]) for name in found]
-        rows += [("fail in any way", [_failed_in_any_way(corpus) for corpus in failed])]
-        head = ("Why", *_heads(failed))
-        told = table("Captions that fail the gate; one may fail in several ways", head, [Group("", rows)])
+    found = _found(judged)
+    if found:
+        rows = [(label(_FAILURES.get(name, name)), [_failed(corpus, name) for corpus in judged]) for name in found]
+        rows += [("fail in any way", [_failed_in_any_way(corpus) for corpus in judged])]
+        told = table(
+            "Captions that fail the gate; one may fail in several ways", ("Why", *_heads(judged)), [Group("", rows)]
+        )
         yield f"<div class=plots>{drawn}<div>{told}</div></div>"
+    else:
+        yield "<p class=note>Every caption passes the gate.</p>"
     yield from _openers(measured)
 
 
 def quality_plot(corpora: Sequence[Corpus]) -> Plot | None:
     """Which share of the captions fails the gate, by what is wrong with them."""
-    shown = [(index, corpus) for index, corpus in enumerate(corpora) if _failures(corpus) and corpus.stats.num_captions]
-    if not shown:
+    shown = [(index, corpus) for index, corpus in enumerate(corpora) if _judged([corpus])]
+    names = _found([corpus for _, corpus in shown])
+    if not names:
         return None
-    names = [name for name in _FAILURES if any(_failures(corpus).get(name) for _, corpus in shown)]
 
     def draw(axes: "Axes") -> Legend:
         entries: list[tuple[object, str]] = []
@@ -95,7 +97,7 @@ def quality_plot(corpora: Sequence[Corpus]) -> Plot | None:
             [points] = axes.plot(shares, places, **style)
             axes.hlines(places, 0, shares, colors=style["color"], linewidth=0.8)
             entries.append((points, corpus.name))
-        axes.set_yticks(range(len(names)), [_FAILURES[name] for name in names])
+        axes.set_yticks(range(len(names)), [shortened(_FAILURES.get(name, name)) for name in names])
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_xlim(left=0)
         axes.set(xlabel="share of the captions")
@@ -106,10 +108,12 @@ def quality_plot(corpora: Sequence[Corpus]) -> Plot | None:
     findings = []
     for _, corpus in shown:
         ordered = sorted(names, key=lambda name: -_share(corpus, name))
-        words = ", ".join(f"{_FAILURES[name]} {_share(corpus, name):.2%}" for name in ordered if _share(corpus, name))
+        words = ", ".join(
+            f"{_FAILURES.get(name, name)} {_share(corpus, name):.2%}" for name in ordered if _share(corpus, name)
+        )
         findings.append(f"{shortened(corpus.name)}: {words or 'no caption fails'}.")
     height = max(_EDGE_INCHES + _ROW_INCHES * len(names) * max(1.0, len(shown) / 3), 1.5)
-    return Plot("quality", "Captions that fail the gate", " ".join(findings), draw, height) if names else None
+    return Plot("quality", "Captions that fail the gate", " ".join(findings), draw, height)
 
 
 def _heads(corpora: Sequence[Corpus]) -> list[str]:
@@ -129,6 +133,16 @@ def _mean(corpus: Corpus, name: str, form: str) -> str:
 def _failures(corpus: Corpus) -> dict[str, int]:
     found: dict[str, int] = corpus.gate or (corpus.quality or {}).get("failures", {})
     return found
+
+
+def _judged(corpora: Sequence[Corpus]) -> list[Corpus]:
+    return [corpus for corpus in corpora if corpus.quality or corpus.gate]
+
+
+def _found(corpora: Sequence[Corpus]) -> list[str]:
+    """What any of the sets fails, in the order of the gate; what is not known here comes last."""
+    found = {name for corpus in corpora for name, count in _failures(corpus).items() if count}
+    return [name for name in _FAILURES if name in found] + sorted(found - set(_FAILURES))
 
 
 def _share(corpus: Corpus, name: str) -> float:

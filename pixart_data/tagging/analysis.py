@@ -45,6 +45,7 @@ from pixart_data.tagging.sentences import ENDING, Lists, ending_kind, ends_insid
 from pixart_data.tagging.vocabulary import Words, intern
 
 _SPACE = ord(" ")
+_ZERO = np.int64(0)  # a plain 0 is a type of its own to numba, for which all would be compiled again
 
 
 class Desk(NamedTuple):
@@ -135,10 +136,10 @@ def _pour(chunks: Chunks, words: Words, token: Any, page: Any, length: int) -> N
 @kernel
 def _tokenize(chunks: Chunks, words: Words, desk: Desk, start: int, stop: int, place: int) -> None:
     """Add the tokens of `codes[start:stop]`, at a place in its sentence, to the pool."""
-    n = kinds = 0
+    n = kinds = _ZERO
     if not place & STARTS:
         desk.one[0] = _SPACE
-        n = 1
+        n += 1
     for i in range(start, stop):
         desk.one[n] = desk.codes[i]
         kinds |= desk.traits[desk.codes[i]]
@@ -153,14 +154,15 @@ def _tokenize(chunks: Chunks, words: Words, desk: Desk, start: int, stop: int, p
 @kernel
 def _add_form(chunks: Chunks, words: Words, desk: Desk, length: int, split: int, place: int) -> None:
     """Add the tokens of a chunk with a sentence's end at `split`, 0: there is none; and their bounds."""
-    at, first = chunks.state[2], chunks.state[3]
-    if split:
-        _tokenize(chunks, words, desk, 0, split, place | ENDS)
-        second = chunks.state[3]
-        _tokenize(chunks, words, desk, split, length, place | STARTS)
-        chunks.pool[second] |= BEGIN
-    else:
-        _tokenize(chunks, words, desk, 0, length, place)
+    at, first, second = chunks.state[2], chunks.state[3], chunks.state[3]
+    begin, stop = _ZERO, split if split else length
+    while begin < length:
+        # A part behind the end of a sentence starts one, the part before ends one.
+        ends = ENDS if stop < length else 0
+        _tokenize(chunks, words, desk, begin, stop, (place | STARTS if begin else place) | ends)
+        if begin:
+            chunks.pool[second] |= BEGIN
+        begin, stop, second = stop, length, chunks.state[3]
     chunks.bounds[at] = first
     chunks.bounds[at + 1] = chunks.state[3]
     chunks.state[2] = at + 2
@@ -198,12 +200,12 @@ def _flags(desk: Desk, length: int, kinds: int) -> Any:
     """Return what a chunk is for its neighbours, but for the ends of sentences."""
     codes, traits = desk.codes, desk.traits
     first = traits[codes[0]]
-    flags = STOPPING if kinds & (STOP | MARK) else 0
+    flags = STOPPING if kinds & (STOP | MARK) else _ZERO
     if first & DOUBLE_QUOTE or (first & APOSTROPHE and length > 1 and traits[codes[1]] & APOSTROPHE):
         flags |= QUOTED
     if traits[codes[length - 1]] & APOSTROPHE:
         flags |= QUOTING
-    if realigned(traits, codes, 0, length):
+    if realigned(traits, codes, _ZERO, length):
         flags |= LEANING
     stop = length
     while stop > 0 and traits[codes[stop - 1]] & CLOSER:
@@ -216,54 +218,46 @@ def _flags(desk: Desk, length: int, kinds: int) -> Any:
 
 
 @kernel
-def _add_forms(chunks: Chunks, words: Words, desk: Desk, length: int, split: int) -> Any:
-    """Add all forms of a chunk; return what it is, but for `_flags`."""
-    last = desk.traits[desk.codes[length - 1]]
-    flags = 0
-    if split == length:
-        flags, split = BREAKS, 0
-    late = split  # where it ends when nothing follows
-    if last & (STOP | MARK):
-        split = 0
-        kind = ending_kind(desk.traits, desk.lists, desk.codes, length)
-        flags |= BREAKS if kind == ENDING else ASKS
+def _add_forms(chunks: Chunks, words: Words, desk: Desk, length: int, ends: Any, ruled: bool) -> None:
+    """Add all forms of a chunk, with a sentence's end at `ends[0]`, or `ends[1]` where nothing follows it."""
+    split, late = ends
     quoted = desk.traits[desk.codes[0]] & (STOP | APOSTROPHE | DOUBLE_QUOTE)
     for place in range(NUM_FORMS):
         is_last = place >= ENDS + LAST
-        if place & STARTS and not quoted:
+        if (place & STARTS and not quoted) or (place and not ruled):
             _repeat_form(chunks, 1)
         elif is_last and late == split:
             _repeat_form(chunks, LAST)
         else:
             _add_form(chunks, words, desk, length, late if is_last else split, place - LAST if is_last else place)
-    return flags
 
 
 @kernel
 def _analyse(chunks: Chunks, words: Words, desk: Desk, chunk: int, length: int) -> None:
     """Fill in a chunk's flags and tokens."""
-    kinds = 0
+    kinds = _ZERO
     for i in range(length):
         kinds |= desk.traits[desk.codes[i]]
-    split = _split(desk, length) if kinds & (STOP | MARK) else 0
-    if split < 0:
+    late = _split(desk, length) if kinds & (STOP | MARK) else _ZERO
+    if late < 0:
         chunks.flags[chunk] = DOUBTFUL
         return
+    flags = _flags(desk, length, kinds)
+    if late == length:
+        flags, late = flags | BREAKS, _ZERO
+    split = late
+    if desk.traits[desk.codes[length - 1]] & (STOP | MARK):
+        split = _ZERO  # it is what follows that the last mark asks Punkt about
+        kind = ending_kind(desk.traits, desk.lists, desk.codes, length)
+        flags |= BREAKS if kind == ENDING else ASKS
     at, first = chunks.state[2], chunks.state[3]
-    if kinds & RULED:
-        chunks.flags[chunk] = _flags(desk, length, kinds) | _add_forms(chunks, words, desk, length, split)
-        chunks.tokens[chunk] = at
-        return
-    _add_form(chunks, words, desk, length, 0, 0)
-    if chunks.state[3] == first + 1:
-        chunks.flags[chunk] = SINGLE
+    _add_forms(chunks, words, desk, length, (split, late), kinds & RULED != 0)
+    chunks.tokens[chunk] = at
+    if not kinds & RULED and chunks.state[3] == first + 1:
+        flags |= SINGLE
         chunks.tokens[chunk] = chunks.pool[first] >> 1
         chunks.state[2], chunks.state[3] = at, first
-        return
-    for _ in range(1, NUM_FORMS):
-        _repeat_form(chunks, 1)
-    chunks.flags[chunk] = 0
-    chunks.tokens[chunk] = at
+    chunks.flags[chunk] = flags
 
 
 @kernel

@@ -13,20 +13,26 @@ _CONTRACTIONS = ("can not", "d 'ye", "gim me", "gon na", "got ta", "lem me", "mo
 _LETTERS = np.array([[ord(letter) for letter in word.replace(" ", "").ljust(7)] for word in _CONTRACTIONS], np.int32)
 _CUTS = np.array([word.index(" ") for word in _CONTRACTIONS], np.int64)
 _LENGTHS = np.array([len(word) - 1 for word in _CONTRACTIONS], np.int64)
-_WANNA, TIS = 7, 8
+_WANNA = 7
+_ONE = np.int64(1)  # a plain 1 is a type of its own to numba
+
+COMMON = (np.int64(0), np.int64(8))
+TIS = (np.int64(8), np.int64(9))
+TWAS = (np.int64(9), np.int64(10))
+"""Which contractions `split_contractions` looks for at once."""
 
 
 @kernel
-def _contraction(traits: Any, source: Any, place: int, length: int, first: int, last: int) -> Any:
+def _contraction(traits: Any, source: Any, place: int, length: int, which: Any) -> Any:
     """Return which of some contractions stands at a place, -1: none."""
     before = source[place - 1]  # the text begins with a space
-    if before != _SPACE if first >= TIS else traits[before] & CONTRACTED != 0:
+    if before != _SPACE if which[0] > _WANNA else traits[before] & CONTRACTED != 0:
         return -1
     letter = small(source, place, length)
-    for word in range(first, last):
+    for word in range(which[0], which[1]):
         if _LETTERS[word, 0] == letter:
             size = _LENGTHS[word]
-            k = 1
+            k = _ONE
             while k < size and small(source, place + k, length) == _LETTERS[word, k]:
                 k += 1
             # What it may not run into: `\b` is between a word's last letter and another.
@@ -37,12 +43,12 @@ def _contraction(traits: Any, source: Any, place: int, length: int, first: int, 
 
 
 @kernel
-def split_contractions(traits: Any, source: Any, length: int, target: Any, first: int, last: int) -> Any:
-    r"""`(?i)\b(can)(?#X)(not)\b` or `(?i) ('t)(?#X)(is)\b` -> ` \1 \2 `, those from `first` to `last` at once."""
+def split_contractions(traits: Any, source: Any, length: int, target: Any, which: Any) -> Any:
+    r"""`(?i)\b(can)(?#X)(not)\b` or `(?i) ('t)(?#X)(is)\b` -> ` \1 \2 `, some of them at once."""
     target[0] = source[0]
-    n = i = 1
+    n = i = _ONE
     while i < length:
-        word = _contraction(traits, source, i, length, first, last)
+        word = _contraction(traits, source, i, length, which)
         if word < 0:
             target[n] = source[i]
             n += 1

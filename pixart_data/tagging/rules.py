@@ -26,7 +26,7 @@ from pixart_data.tagging.characters import (
     SYMBOL,
 )
 from pixart_data.tagging.compilation import lean_kernel as kernel
-from pixart_data.tagging.contractions import TIS, split_contractions
+from pixart_data.tagging.contractions import COMMON, TIS, TWAS, split_contractions
 from pixart_data.tagging.quotes import (
     end_apostrophes,
     end_quotes,
@@ -255,10 +255,10 @@ def rewrite(traits: Any, one: Any, two: Any, length: int, kinds: int, starts: bo
     one, two, length = _stops(traits, one, two, length, kinds, ends)
     one, two, length = _marks(traits, one, two, length, kinds, ends)
     one, two, length = _brackets(traits, one, two, length, kinds)
-    length = split_contractions(traits, one, length, two, 0, TIS)
+    length = split_contractions(traits, one, length, two, COMMON)
     if kinds & APOSTROPHE == 0:
         return two, length
     # One at a time: what the first puts a space behind may be the second.
-    length = split_contractions(traits, two, length, one, TIS, TIS + 1)
-    length = split_contractions(traits, one, length, two, TIS + 1, TIS + 2)
+    length = split_contractions(traits, two, length, one, TIS)
+    length = split_contractions(traits, one, length, two, TWAS)
     return two, length

@@ -203,6 +203,16 @@ def test_no_tar_is_opened_that_holds_nothing_asked_for_nor_more_than_allowed(tmp
     assert "6 in shards beyond the 3 that were opened" in caplog.text
 
 
+def test_of_a_large_tar_the_headers_are_read_once(tmp_path, monkeypatch):
+    source = a_sliced_tar(tmp_path)
+    assert len(find_units(source)) > 3
+    read = []
+    real = _LocalTar.index
+    monkeypatch.setattr(_LocalTar, "index", lambda self: read.append(self) or real(self))
+    assert len(gallery(source, rows_of(COLOURS), COUNT)) == COUNT
+    assert len(read) == 1
+
+
 def test_of_tars_on_an_object_store_few_are_fetched(tmp_path, monkeypatch, caplog):
     units = [replace(unit, path=f"s3://bucket/{unit.name}.tar") for unit in find_units(tars(tmp_path, 9))]
     monkeypatch.setattr(galleries, "find_units", lambda source: units)

@@ -11,6 +11,7 @@ from pixart_data import captions as module
 from pixart_data.columns import read_columns
 from pixart_data.errors import ConfigError, DataError
 from pixart_data.inputs import find_captions, look_at, num_rows, require_text
+from pixart_data.storage import location
 
 
 def parquet(path, captions, row_group_size=None, **columns):
@@ -182,3 +183,22 @@ def test_an_empty_file_has_no_rows_and_no_columns(tmp_path, suffix):
     require(path, "caption")
     assert [num_rows(file) for file in found(path)] == [0]
     assert captions(found(path)) == []
+
+
+def test_captions_are_found_on_an_object_store(bucket, tmp_path):
+    parquet(tmp_path / "a.parquet", ["one", "two"])
+    for name, data in {"set/a.parquet": (tmp_path / "a.parquet").read_bytes(), "texts/b.txt": b"three\r\nfour"}.items():
+        location(f"{bucket}/{name}").write_bytes(data)
+    for path in ("set/*.parquet", "set", "set/a.parquet"):
+        files = find_captions(f"{bucket}/{path}", "sets.x.path")
+        assert captions(files) == ["one", "two"]
+        require_text(look_at(files), "sets.x.column", "caption")
+        with pytest.raises(ConfigError, match="expected a column 'captions', found caption; did you mean 'caption'"):
+            require_text(look_at(files), "sets.x.column", "captions")
+    files = find_captions(f"{bucket}/*/*.txt", "sets.x.path")
+    assert captions(files) == ["three", "four"]
+    assert [num_rows(file) for file in files] == [2]
+    with pytest.raises(ConfigError, match="/none: no such file or folder; check the path"):
+        find_captions(f"{bucket}/none/*.txt", "sets.x.path")
+    with pytest.raises(ConfigError, match="sets.x.path: nothing matches"):
+        find_captions(f"{bucket}/set/*.txt", "sets.x.path")

@@ -166,6 +166,19 @@ def test_a_worker_takes_the_figures_of_each_unit_apart(t5):
     assert counter.take().to_json()["num_captions"] == 0
 
 
+def test_a_small_corpus_beside_a_large_one_is_counted_in_full(t5):
+    captions = many(400)
+    counter = LengthCounter(t5, num_rows=400, sample_rows=100)
+    counter.add(captions)
+    assert counter.take().to_json()["share_of_rows"] == 1 / 4
+    counter.add(captions[:50])
+    counter.begin(50)  # what was not taken is gone
+    counter.add(captions[:50])
+    assert counter.take().to_json() == counted(t5, captions[:50])
+    counter.begin(400)
+    assert counter.take().level == 2
+
+
 def test_a_tokenizer_is_known_by_what_it_does_and_not_by_where_it_lies(t5, tmp_path):
     copied = tmp_path / "copied"
     AutoTokenizer.from_pretrained(t5).save_pretrained(copied)

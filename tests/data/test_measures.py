@@ -85,9 +85,11 @@ def kind_of(words, start, lists):
     best = (None, 1)
     for kind, members in lists.items():
         if members not in _SPELLINGS:
-            _SPELLINGS[members] = {tokens for phrase in members for tokens in phrases.spellings(phrase)}
-        for length in range(1, 9):
-            if tuple(words[start : start + length]) in _SPELLINGS[members] and (best[0] is None or length > best[1]):
+            spellings = {tokens for phrase in members for tokens in phrases.spellings(phrase)}
+            _SPELLINGS[members] = {tokens[0] for tokens in spellings}, spellings
+        firsts, spellings = _SPELLINGS[members]
+        for length in range(1, 9) if words[start] in firsts else ():
+            if tuple(words[start : start + length]) in spellings and (best[0] is None or length > best[1]):
                 best = (kind, length)
     return best
 

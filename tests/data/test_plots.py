@@ -39,6 +39,16 @@ def test_what_was_not_measured_is_not_drawn():
     assert list(figures([bare(frames=nothing, lengths={**LENGTHS, "counts": [0, 0]})])) == []
 
 
+def test_the_least_that_can_be_drawn():
+    none = bare("without a noun", per_caption=[1] + [0] * 255, growth=[Growth(1, 0.0, 0.0, 0.0)])
+    assert list(figures([none])) == ["nouns"]
+    one = bare("a noun", ROUGH, per_caption=[0, 1], growth=[Growth(1, 1.0, 0.0, 0.0)], ranks=[(1, 1)])
+    plots = figures([dataclasses.replace(none, stats=ROUGH), one])
+    assert list(plots) == ["ranks", "nouns", "growth", "density"]
+    for plot in plots.values():
+        assert "a noun" in plot.svg()
+
+
 def test_ranks_and_the_line_of_validity():
     lines, labels = drawn([corpus()], "ranks")
     assert lines[0] == ([1, 2, 10, 100, 1416], [978, 753, 100, 11, 1])

@@ -14,7 +14,7 @@ from pixart_data.nouns import DEFINITION
 from pixart_data.rarefaction import Growth
 from pixart_data.renderings import num_cells
 from pixart_data.reports import html_page, terminal_table
-from tests.specimens import EXACT, ROUGH, SMALL, bare, corpus, pair
+from tests.specimens import EXACT, QUALITY, ROUGH, SMALL, bare, corpus, pair
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 FOREIGN = {"share_other": 0.93, "flagged": True}
@@ -161,6 +161,16 @@ def test_what_surrounds_the_nouns():
     assert ["by lemma", "329", "1,416", "23.2%", "18,263", "24.4"] in page.rows
     for words in ("a dog", "A brown <b>dog</b> lies.", DEFINITION, EXACT.tagger):
         assert words in page.text
+
+
+def test_sets_that_pass_the_gate_stand_beside_those_that_do_not():
+    passing = {**QUALITY, "num_failed": 0, "failures": {}}
+    page = Page(html_page([bare("good", quality=passing), bare("bad", quality=QUALITY)]))
+    assert ["Why", "good", "bad"] in page.rows
+    assert ["loop", "0", "15 (2.00%)"] in page.rows
+    assert ["fail in any way", "0 (0.00%)", "40 (5.33%)"] in page.rows
+    assert "good: no caption fails. bad: truncated 4.00%, loop 2.00%." in page.text
+    assert "Every caption passes the gate." in Page(html_page([bare("good", quality=passing)])).text
 
 
 def test_what_was_not_measured_says_how_or_is_left_out():

@@ -209,6 +209,19 @@ def test_raw_captions_are_left_out_on_request_and_where_there_are_none(tmp_path)
     assert (list(found), found["bare"].gained_over) == (["bare"], None)
 
 
+def test_raw_captions_beside_several_columns_are_one_set(tmp_path):
+    path = run_of_captions(tmp_path, caption_short=["a dog", "two children", None, "a cup", None])
+    found = do(job(tmp_path, one(path, "long"), one(path, "short", column="caption_short")))
+    assert list(found) == ["long-raw", "long", "short"]
+    assert found["short"].gained_over == found["long"].gained_over == "long-raw"
+
+
+def test_a_name_that_raw_captions_need_is_not_given_away(tmp_path):
+    other = table(tmp_path / "other.parquet", caption=["a dog"])
+    with pytest.raises(ConfigError, match="'dense-raw' is what the raw captions of 'dense' are called; give the other"):
+        find_sets(job(tmp_path, one(run_of_captions(tmp_path), "dense"), one(other, "dense-raw")))
+
+
 def test_sets_are_compared_as_the_job_says(tmp_path):
     first = table(tmp_path / "one.parquet", caption=["a dog"])
     second = table(tmp_path / "two.parquet", caption=["a dog and a cat"])

@@ -24,7 +24,7 @@ class Altered:
         return replace(block, **{self.part: values})
 
 
-def test_an_engine_agrees_with_itself_whatever_its_ids(nltk_data):
+def test_an_engine_agrees_with_itself_whatever_its_ids(synthetic_nltk_data):
     other = NltkEngine()
     other.tag(pa.array(["words of other ids"]))
     assert prove(NltkEngine(), other) == []
@@ -57,6 +57,6 @@ def test_its_captions_hold_what_goes_wrong():
     assert sum(map(len, CAPTIONS)) < 40_000  # at every start, NLTK has to tag them too
 
 
-def test_its_words_are_tagged_in_many_ways(nltk_data):
+def test_its_words_are_tagged_in_many_ways(synthetic_nltk_data):
     block = NltkEngine().tag(pa.array(CAPTIONS))
     assert len(np.unique(block.tags)) > 35
