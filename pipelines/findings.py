@@ -11,6 +11,7 @@ from pipelines.config import Stats
 from pipelines.facts import Facts
 from pipelines.sets import CountUnit, Sets
 from pixart_data.bundles import is_bundled, write_bundle
+from pixart_data.columns import TEXT
 from pixart_data.commits import Record, read_table
 from pixart_data.config import digest
 from pixart_data.corpora import VERSION, Corpus, Extras, build, from_json, to_json
@@ -124,9 +125,9 @@ def _complain(found: _Found, sets: Sets) -> None:
     why = f": {reasons}{problem}" if reasons else ""
     what = f"{num_empty:,} rows, all null or blank{why}" if num_empty else "no rows"
     files = f"{len(units)} parts of {place} ..." if len(units) > 1 else place
+    where = files if place.endswith(TEXT) else f"column '{units[0].column}' of {files}"
     raise DataError(
-        f"{found.name}: expected captions in column '{units[0].column}' of {files}, found {what}; name the column that "
-        "has them, or leave the set out"
+        f"{found.name}: expected captions in {where}, found {what}; name what has some, or leave the set out"
     )
 
 

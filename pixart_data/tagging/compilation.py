@@ -1,6 +1,9 @@
 """Compiled code: functions over arrays, made fast by numba and kept on the disk between runs."""
 
+import functools
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from numba import njit
@@ -29,6 +32,16 @@ def lean_kernel(function: F) -> F:
 def _compiled(function: F, **options: Any) -> F:
     try:
         compiled = njit(cache=True, nogil=True, **options)(function)
+        # Kernels hold copies of those they call, but numba looks at the file of the outer one alone.
+        file = compiled._cache._cache_file
+        file._source_stamp = (*file._source_stamp, _sources())
     except RuntimeError:
         compiled = njit(nogil=True, **options)(function)
     return cast(F, compiled)
+
+
+@functools.cache
+def _sources() -> str:
+    """Return a digest of all modules here that have kernels."""
+    contents = (path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    return hashlib.sha256(b"".join(content for content in contents if b"@kernel" in content)).hexdigest()

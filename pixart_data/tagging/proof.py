@@ -137,6 +137,7 @@ _ODD = (
     "café naïve Ärzte straße ÆSOP İstanbul ǅ ﬁne Ünal ΑΘΗΝΑ ὈΔΥΣΣΕΎΣ москва",
     "東京タワー の 夜景。 서울 · 上海 北京 の写真！",
     "٣٤٥٦ ١٢ ½ ² x² ５００ Ⅳ ④ 100€ £5 ¥7 ₹9 5°C ±3 ×2",
+    "½'e '½ '² x² ½. J ¾. Next, ①. And Ⅳ. Then '٣ 'é",  # nltk 3.10.3 takes these otherwise
     "\ufeffcat\u200b dog\u2028bird\u0301 fish\ufffd",
     "a" * 300 + " " + "-" * 50 + " " + "Mr. " * 20,
     "The cat sat on the mat. " * 12,

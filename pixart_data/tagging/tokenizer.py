@@ -281,6 +281,11 @@ class Tokenizer:
         self._pairs = PairTable(self._punkt.text_contains_sentbreak)
         self._num_missing = np.zeros(1, np.int64)
 
+    @property
+    def num_clearances(self) -> int:
+        """How often the table of chunks was full and started anew."""
+        return self._table.num_clearances
+
     def tokenize(self, captions: pa.Array | pa.ChunkedArray) -> Tokens:
         """Return the tokens of captions; new ones join the vocabulary.
 

@@ -167,7 +167,7 @@ def test_a_picture_decoded_from_its_moments_matches_direct_encoding(world, pictu
 
 def test_the_report_labels_approximate_numbers(world):
     report = json.loads((world / "report/stats.json").read_text())
-    assert [row["approximate"] for row in report["sets"]] == [True, True]
+    assert [row["stats"]["approximate"] for row in report["sets"]] == [True, True]
     assert "approximate" in (world / "report/report.html").read_text()
 
 

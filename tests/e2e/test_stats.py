@@ -60,15 +60,19 @@ def test_a_run_through_ray_gives_nltks_figures_and_a_second_one_does_nothing(tmp
     for name, start in (("one", 0), ("two", 1)):
         table(tmp_path / "set" / f"{name}.parquet", CAPTIONS[start:], "TEXT")
     (tmp_path / "alt.txt").write_text("dog sofa\nred train station\n")
-    words = [f"dense={tmp_path}/set/*.parquet", tmp_path / "alt.txt", "--column", "TEXT", "--out", tmp_path / "report"]
+    (tmp_path / "de.txt").write_text("Ein brauner Hund liegt auf dem roten Sofa.\nZwei Kinder spielen mit dem Ball.\n")
+    sets = [f"dense={tmp_path}/set/*.parquet", tmp_path / "alt.txt", tmp_path / "de.txt"]
+    words = [*sets, "--column", "TEXT", "--out", tmp_path / "report"]
     done = pixart("stats", *words, env={**os.environ, "NLTK_DATA": str(nltk_data)})
     assert done.returncode == 0, done.stderr
-    assert "stats: 9 in = 7 out + 2 rejected (no_caption 2)" in done.stdout
+    assert "stats: 11 in = 9 out + 2 rejected (no_caption 2)" in done.stdout
     assert "LAION-LLaVA (paper)" in done.stdout
     assert "captions/s" in done.stderr
-    assert done.stderr.index("noun tagger: ") < done.stderr.index("stats: 3 shards, 0 done, 3 to do")
-    dense, alt = from_json(json.loads((tmp_path / "report/stats.json").read_text()))
-    assert (dense.name, alt.name) == ("dense", "alt")
+    assert done.stderr.index("noun tagger: ") < done.stderr.index("stats: 4 shards, 0 done, 4 to do")
+    assert "stats: de: 100% of the captions looked at are not in English" in done.stderr
+    dense, alt, german = from_json(json.loads((tmp_path / "report/stats.json").read_text()))
+    assert (dense.name, alt.name, german.name) == ("dense", "alt", "de")
+    assert [corpus.language["flagged"] for corpus in (dense, alt, german)] == [False, False, True]
     assert (dense.stats.num_captions, dense.stats.num_empty, alt.stats.num_captions) == (5, 2, 2)
     assert dense.stats.total_nouns == reference([*CAPTIONS, *CAPTIONS[1:]])
     assert not dense.stats.approximate
@@ -77,14 +81,14 @@ def test_a_run_through_ray_gives_nltks_figures_and_a_second_one_does_nothing(tmp
     assert run(capsys, *words)[0] == 0
     results = {COMMITS, "counts", "measures", "figures", "stats.json", "report.html", "manifest.json"}
     kept = {p: time for p, time in before.items() if p.relative_to(tmp_path / "report").parts[0] in results}
-    assert len(kept) >= 3 * 3 + 4
+    assert len(kept) >= 4 * 3 + 4
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    assert len(list((tmp_path / "report" / COMMITS).iterdir())) == 3
+    assert len(list((tmp_path / "report" / COMMITS).iterdir())) == 4
     assert cli.main(["verify", str(tmp_path / "report")]) == 0
     assert cli.main(["inspect", str(tmp_path / "report")]) == 0
     shown = capsys.readouterr().out
     assert "report.html" in shown
-    assert "measures/*.parquet, 3 part(s)" in shown
+    assert "measures/*.parquet, 4 part(s)" in shown
 
 
 def test_without_nltks_data_the_files_are_named_and_what_to_do(tmp_path, capsys, no_data):

@@ -243,9 +243,9 @@ def commits(made):
 @pytest.mark.parametrize(
     ("captions", "what"),
     [
-        ([None, None], "found 2 rows, all null or blank: no_caption 2; name the column"),
-        (["", " \n"], "found 2 rows, all null or blank; name the column"),
-        ([], "found no rows; name the column"),
+        ([None, None], "found 2 rows, all null or blank: no_caption 2; name what has some"),
+        (["", " \n"], "found 2 rows, all null or blank; name what has some"),
+        ([], "found no rows; name what has some"),
     ],
 )
 def test_a_set_without_any_caption_is_an_error_that_says_what_there_was(tmp_path, captions, what):
@@ -254,11 +254,17 @@ def test_a_set_without_any_caption_is_an_error_that_says_what_there_was(tmp_path
         do(job(tmp_path, one(path)))
 
 
+def test_an_empty_text_file_is_an_error_of_its_own(tmp_path):
+    (tmp_path / "a.txt").write_text("")
+    with pytest.raises(DataError, match=r"one: expected captions in .*a\.txt, found no rows; name what has some"):
+        do(job(tmp_path, one(tmp_path / "a.txt")))
+
+
 def test_a_column_of_numbers_in_jsonl_that_shows_late_is_an_error_in_the_end(tmp_path):
     path = tmp_path / "captions.jsonl"
     path.write_text('{"caption": null}\n' + '{"caption": 5}\n' * 3)
     with pytest.raises(
-        DataError, match="bad_row 3, no_caption 1 .column caption holds int, not text.; name the column"
+        DataError, match="bad_row 3, no_caption 1 .column caption holds int, not text.; name what has some"
     ):
         do(job(tmp_path, one(path)))
 
