@@ -8,7 +8,7 @@ DEMO := out/demo
 PEERS := .venv-peers
 PEERS_STAMP := $(PEERS)/installed
 
-.PHONY: help install demo test check fix bench chaos corruption clean
+.PHONY: help install demo test check fix bench chaos corruption fuzz clean
 
 help:  ## show this
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -58,6 +58,9 @@ chaos: install  ## kill workers, nodes and drivers at random, on a local disk an
 
 corruption: install  ## damage a dataset in a thousand ways; each must be found, and none read in silence
 	$(BIN)/python -m tests.corruption
+
+fuzz: install  ## tag a hundred thousand hostile captions with the compiled engine and with NLTK; none may differ
+	$(BIN)/python -m tests.fuzz
 
 clean:  ## delete what the demo made
 	rm -rf $(DEMO)

@@ -45,6 +45,7 @@ from pixart_data.tagging.sentences import ENDING, Lists, ending_kind, ends_insid
 from pixart_data.tagging.vocabulary import Words, intern
 
 _SPACE = ord(" ")
+_MOST_BYTES = 4 * MAX_CHARS  # of a chunk that has tokens at all
 _ZERO = np.int64(0)  # a plain 0 is a type of its own to numba, for which all would be compiled again
 
 
@@ -267,7 +268,7 @@ def analyse(chunks: Chunks, words: Words, desk: Desk) -> Any:
     while state[4] < state[0]:
         chunk = state[4]
         start, stop = chunks.starts[chunk], chunks.starts[chunk + 1]
-        if not _has_room(chunks, words, stop - start):
+        if not _has_room(chunks, words, min(stop - start, _MOST_BYTES)):
             break
         length = _decode(desk, chunks.text, start, stop)
         if length < 0:
