@@ -186,7 +186,11 @@ def _statistics(path: Path) -> Iterator[str]:
         for file in read_bundle(path.parent):
             yield f"  {file.path}, {file.size_bytes:,} bytes"
     records = read_records(path.parent).values()
-    for folder, what in (("counts", "nouns and how often they occur"), ("measures", "the quality of each caption")):
+    for folder, what in (
+        ("counts", "nouns and how often they occur"),
+        ("measures", "the quality of each caption"),
+        ("drawn", "rows that the gallery may show"),
+    ):
         files = [file for record in records for file in record.files if file.path.startswith(f"{folder}/")]
         if files:
             size_bytes = sum(file.size_bytes for file in files)

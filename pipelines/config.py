@@ -131,12 +131,16 @@ class CaptionSet(Section):
     on the same images; empty: it is not."""
 
 
+MOST_PICTURES = 200
+"""Of a gallery; so many are drawn for while captions are counted, whatever it shows then."""
+
+
 class Gallery(Section):
     """Pictures for the report, with their raw and their dense captions."""
 
     source: Source
     """The images that the captions describe, as `caption` read them."""
-    num_pictures: int = Field(default=24, ge=1, le=200)
+    num_pictures: int = Field(default=24, ge=1, le=MOST_PICTURES)
     """How many are shown; each adds up to 40 kB to the page."""
     seed: int = 0
     """Which these are."""

@@ -2,22 +2,23 @@
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from pipelines.config import Stats
+from pipelines.config import MOST_PICTURES, Stats
 from pipelines.facts import Facts
-from pipelines.sets import CountUnit, Sets
+from pipelines.sets import CountUnit, Sets, no_captions
 from pixart_data.bundles import is_bundled, write_bundle
-from pixart_data.columns import TEXT
 from pixart_data.commits import Record, read_table
 from pixart_data.config import digest
 from pixart_data.corpora import VERSION, Corpus, Extras, build, from_json, to_json
 from pixart_data.errors import DataError
 from pixart_data.galleries import Exhibit, Row, choose, gallery
+from pixart_data.lemmas import find_lemmatizer
 from pixart_data.nouns import NounCounts
+from pixart_data.records import Reason
 from pixart_data.storage import location, read_bytes
 from pixart_data.verification import REPORT
 
@@ -25,6 +26,8 @@ JSON_FILE = REPORT
 HTML_FILE = "report.html"
 FIGURES = "figures"
 COUNTS, QUALITY, DRAWN = "counts", "measures", "drawn"
+DRAWN_SEED = 0
+"""By which rows are drawn while captions are counted; from these, the seed of the gallery chooses."""
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +64,7 @@ def write_findings(job: Stats, sets: Sets, records: list[Record]) -> None:
         {name: other for name, other in sets.compared.items() if not {name, other} & empty},
         job.threshold,
     )
-    write_bundle(root, _files(corpora, _exhibits(job, root, records)), made_from)
+    write_bundle(root, _files(corpora, _exhibits(job, sets, root, records)), made_from)
 
 
 def _extras(facts: Facts) -> Extras:
@@ -96,6 +99,7 @@ def _digest(job: Stats, sets: Sets, records: list[Record]) -> str:
             "sets": sets.names,
             "compared": sets.compared,
             "threshold": job.threshold,
+            "lemmas": find_lemmatizer().rule,
             "gallery": None if job.gallery is None else job.gallery.model_dump(),
             "units": {record.unit: [record.digest, *(file.sha256 for file in record.files)] for record in records},
         }
@@ -119,34 +123,36 @@ def _file_of(record: Record, folder: str) -> str:
 def _complain(found: _Found, sets: Sets) -> None:
     """Raise DataError for a set without captions, saying what there was in their place."""
     units = [unit for unit in sets.units if unit.set_name == found.name]
-    place, num_empty = units[0].file.path, found.counts.num_empty
-    reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(found.facts.rejections.items()))
+    reasons = dict(sorted(found.facts.rejections.items()))
+    num_damaged = reasons.pop(Reason.BAD_ROW, 0)
+    num_empty = found.counts.num_empty - num_damaged
     problem = f" ({found.facts.problem})" if found.facts.problem else ""
-    why = f": {reasons}{problem}" if reasons else ""
-    what = f"{num_empty:,} rows, all null or blank{why}" if num_empty else "no rows"
-    files = f"{len(units)} parts of {place} ..." if len(units) > 1 else place
-    where = files if place.endswith(TEXT) else f"column '{units[0].column}' of {files}"
-    raise DataError(
-        f"{found.name}: expected captions in {where}, found {what}; name what has some, or leave the set out"
-    )
+    why = f" ({', '.join(f'{reason} {count:,}' for reason, count in reasons.items())})" if reasons else ""
+    what = [f"{num_damaged:,} damaged{problem}"] if num_damaged else []
+    what += [f"{num_empty:,} null or blank{why}"] if num_empty else []
+    raise DataError(no_captions(units, f"rows without one: {', '.join(what)}" if what else "no rows"))
 
 
-def _exhibits(job: Stats, root: Path, records: list[Record]) -> list[Exhibit]:
+def _exhibits(job: Stats, sets: Sets, root: Path, records: list[Record]) -> list[Exhibit]:
     """Return the pictures of the gallery; without rows to draw from, say why there are none."""
-    if job.gallery is None:
+    if job.gallery is None or not sets.have_pairs:
         return []
-    count, seed = job.gallery.num_pictures, job.gallery.seed
     drawn = [file.path for record in records for file in record.files if file.path.startswith(f"{DRAWN}/")]
     if not drawn:
         log.warning(
-            "gallery: expected a table with captions and raw captions beside each other, found none; set raw_column of "
-            "a set to the column of the raw ones"
+            "gallery: expected rows with a caption and a raw caption, found none; set raw_column of a set to the "
+            "column of the raw ones"
         )
         return []
     rows: list[Row] = []
     for path in drawn:
-        rows = choose([*rows, *(Row(**row) for row in read_table(root / path).to_pylist())], count, seed)
-    return gallery(job.gallery.source, rows, count, seed)
+        rows = candidates([*rows, *(Row(**row) for row in read_table(root / path).to_pylist())])
+    return gallery(job.gallery.source, rows, job.gallery.num_pictures, job.gallery.seed)
+
+
+def candidates(rows: Iterable[Row]) -> list[Row]:
+    """Return the rows that any gallery over all of these could show, whatever its number of pictures and its seed."""
+    return choose(rows, MOST_PICTURES, DRAWN_SEED)
 
 
 def _files(corpora: list[Corpus], exhibits: list[Exhibit]) -> dict[str, bytes]:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pipelines.config import CaptionSet, Stats
 from pixart_data.captions import CaptionFile
 from pixart_data.columns import TEXT
-from pixart_data.errors import ConfigError
-from pixart_data.inputs import Kinds, find_captions, look_at, require_text
+from pixart_data.errors import ConfigError, DataError
+from pixart_data.inputs import Kinds, find_captions, look_at, num_rows, require_text
 from pixart_data.units import encode_name
 
 RAW = "-raw"
@@ -65,13 +65,18 @@ class Sets:
         """The names, in the order of the report."""
         return list(dict.fromkeys(unit.set_name for unit in self.units))
 
+    @property
+    def have_pairs(self) -> bool:
+        """Whether any has captions and raw ones of the same images."""
+        return any(unit.beside and not unit.is_raw for unit in self.units)
+
 
 def find_sets(job: Stats) -> Sets:
     """Find the files of every set.
 
     Raises:
-        ConfigError: If a path or a column is not there, or a name of `compare` is that of no set.
-        DataError: If a file cannot be read.
+        ConfigError: If a path or a column is not there, or `compare` names no set, or one and itself.
+        DataError: If a file cannot be read, or a set has no rows at all.
     """
     sets = Sets()
     for caption_set in job.sets:
@@ -83,8 +88,23 @@ def find_sets(job: Stats) -> Sets:
                 hint = f"did you mean '{close[0]}'?" if close else "name one of these"
                 found = ", ".join(f"'{known}'" for known in sets.names)
                 raise ConfigError(f"compare: expected names of sets, which are {found}, found '{given}'; {hint}")
+        if name == other:
+            raise ConfigError(f"compare: expected two sets, found '{name}' and itself; name another one, or remove it")
         sets.compared[name] = other
     return sets
+
+
+def no_captions(units: Sequence[CountUnit], found: str) -> str:
+    """Say that a set has no captions, for whoever is to mend that.
+
+    Args:
+        units: Of the set.
+        found: What there was in their place.
+    """
+    first = units[0]
+    files = f"{len(units)} parts of {first.file.path} ..." if len(units) > 1 else first.file.path
+    where = files if first.file.path.endswith(TEXT) else f"column '{first.column}' of {files}"
+    return f"{first.set_name}: expected captions in {where}, found {found}; name what has some, or leave the set out"
 
 
 def _add(sets: Sets, job: Stats, caption_set: CaptionSet) -> None:
@@ -92,6 +112,8 @@ def _add(sets: Sets, job: Stats, caption_set: CaptionSet) -> None:
     files = find_captions(caption_set.path, f"sets.{name}.path")
     tables = look_at(files)
     require_text(tables, f"sets.{name}.column", column)
+    if not any(num_rows(file) for file in files):
+        raise DataError(no_captions(list(_units(name, files, column)), "no rows"))
     dense = next((other for other in job.sets if _is_raw_of(caption_set, other)), None)
     if dense is not None and _has_column(dense.column, files, tables):
         sets.units += _units(name, files, column, dense.column, is_raw=True)

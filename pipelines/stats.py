@@ -2,6 +2,7 @@
 
 import logging
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -10,17 +11,27 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.config import Stats
+from pipelines.config import MOST_PICTURES, Stats
 from pipelines.driver import Account, Plan, Run, execute, make_plan
-from pipelines.facts import Facts
-from pipelines.findings import COUNTS, DRAWN, HTML_FILE, JSON_FILE, QUALITY, read_findings, write_findings
+from pipelines.facts import Facts, LanguageSample
+from pipelines.findings import (
+    COUNTS,
+    DRAWN,
+    DRAWN_SEED,
+    HTML_FILE,
+    JSON_FILE,
+    QUALITY,
+    candidates,
+    read_findings,
+    write_findings,
+)
 from pipelines.sets import CountUnit, Sets, find_sets
 from pipelines.worker import Report
 from pixart_data.columns import Rows, read_columns
 from pixart_data.commits import PublishedFile, Record, publish, publish_table
 from pixart_data.corpora import Corpus
 from pixart_data.errors import ConfigError
-from pixart_data.galleries import Row, choose, draw_rows
+from pixart_data.galleries import Row, draw_rows, find_shards
 from pixart_data.gates import failures
 from pixart_data.inputs import num_rows
 from pixart_data.nouns import NounCounter
@@ -35,7 +46,7 @@ from pixart_data.tagging.resources import find_resources
 __all__ = ["HTML_FILE", "JSON_FILE", "plan", "read_stats", "run"]
 
 STAGE = "stats"
-VERSION = 2
+VERSION = 3
 """Of what a unit's files and record hold; units of another one are redone."""
 
 _SIZES = (("width_px", "width"), ("height_px", "height"))
@@ -49,10 +60,10 @@ class StatsStage:
 
     Args:
         tagger: Name of the engine that the job was planned with.
-        num_rows: Of all sets together; decides which share of them is measured in tokens.
+        num_rows: Of each set by its name; decides which share of them is measured in tokens.
     """
 
-    def __init__(self, job: Stats, kind: Kind, tagger: str, num_rows: int) -> None:
+    def __init__(self, job: Stats, kind: Kind, tagger: str, num_rows: Mapping[str, int]) -> None:
         self.job, self.root = job, location(job.output)
         self.engine = open_engine(kind)
         if self.engine.name != tagger:
@@ -62,7 +73,7 @@ class StatsStage:
             )
         self.counter = NounCounter(tagger, self.engine.approximate, self.engine.vocabulary)
         self.inspector = Inspector(self.engine.vocabulary)
-        self.lengths = lengths_of(job, num_rows)
+        self.lengths, self.num_rows = lengths_of(job), num_rows
         self._measure(Rows(0, pa.nulls(2, pa.string()), pa.array(_TRIED_OUT), {}))  # compiles what is not yet
         self._forget()
 
@@ -76,6 +87,10 @@ class StatsStage:
     def _do(self, unit: CountUnit, report: Report) -> Record:
         facts, rejected, rows_in = Facts(), Counter[str](), 0
         drawn: list[Row] = []
+        file = f"{unit.set_name}/{unit.file.id.partition('~')[0]}"
+        sample = LanguageSample(file)
+        if self.lengths is not None:
+            self.lengths.begin(self.num_rows[unit.set_name])
         with ExitStack() as stack:
             table = MeasuresTable(stack, self.root, unit.id) if self.job.measures else None
             for rows in read_columns(unit.file, unit.column, unit.texts, () if unit.is_raw else _SIZES):
@@ -83,7 +98,11 @@ class StatsStage:
                 facts.add(rows, measures, failed)
                 if table is not None:
                     table.write(rows.keys, measures, failed)
-                self._measure_images(unit, rows, facts)
+                sample.add(rows.captions, rows.first)
+                if not unit.is_raw:
+                    facts.add_sizes(rows, self.job.resolution_px)
+                if self.lengths is not None:
+                    self.lengths.add(rows.captions, rows.first, file)
                 drawn += self._draw(unit, rows)
                 rows_in += len(rows.captions)
                 rejected += _rejected(rows)
@@ -91,6 +110,7 @@ class StatsStage:
             files = [publish_table(self.counter.take().to_table(), self.root, self.root / COUNTS, unit.id)]
             files += [table.publish()] if table is not None else []
         files += self._publish_drawn(unit, drawn)
+        facts.languages = sample.languages()
         facts.totals.openers.merge(self.inspector.take_openers())
         facts.lengths = self.lengths.take() if self.lengths is not None else None
         return Record(unit.id, "", {}, rows_in, rows_in - rejected.total(), dict(rejected), files, facts.to_json())
@@ -103,24 +123,15 @@ class StatsStage:
         measures = self.inspector.measure(block, rows.captions, asked, ended)
         return measures, failures(measures, self.job.gate)
 
-    def _measure_images(self, unit: CountUnit, rows: Rows, facts: Facts) -> None:
-        if not unit.is_raw:
-            facts.add_sizes(rows, self.job.resolution_px)
-        if self.lengths is not None:
-            file = f"{unit.set_name}/{unit.file.id.partition('~')[0]}"
-            self.lengths.add(rows.captions, rows.first, file)
-
     def _draw(self, unit: CountUnit, rows: Rows) -> list[Row]:
-        gallery = self.job.gallery
-        if gallery is None or unit.is_raw or "beside" not in rows.more:
+        if self.job.gallery is None or unit.is_raw or "beside" not in rows.more:
             return []
-        return draw_rows(rows.keys, rows.more["beside"], rows.captions, gallery.num_pictures, gallery.seed)
+        return draw_rows(rows.keys, rows.more["beside"], rows.captions, MOST_PICTURES, DRAWN_SEED)
 
     def _publish_drawn(self, unit: CountUnit, drawn: list[Row]) -> list[PublishedFile]:
-        if self.job.gallery is None or not drawn:
+        if not drawn:
             return []
-        chosen = choose(drawn, self.job.gallery.num_pictures, self.job.gallery.seed)
-        table = pa.Table.from_pylist([vars(row) for row in chosen])
+        table = pa.Table.from_pylist([vars(row) for row in candidates(drawn)])
         return [publish_table(table, self.root, self.root / DRAWN, unit.id)]
 
     def _forget(self) -> None:
@@ -156,7 +167,7 @@ class MeasuresTable:
         return publish(self._staged, self._root, self._root / QUALITY, self._unit, ".parquet")
 
 
-def lengths_of(job: Stats, num_rows: int) -> Any:
+def lengths_of(job: Stats) -> Any:
     """Return what measures captions in tokens; None where the job does not ask for it.
 
     Raises:
@@ -166,7 +177,7 @@ def lengths_of(job: Stats, num_rows: int) -> Any:
         return None
     from pixart_data.lengths import LengthCounter
 
-    return LengthCounter(job.tokenizer, job.max_tokens, num_rows, subfolder=job.tokenizer_subfolder)
+    return LengthCounter(job.tokenizer, job.max_tokens, subfolder=job.tokenizer_subfolder)
 
 
 def _rejected(rows: Rows) -> Counter[str]:
@@ -182,7 +193,7 @@ def prepare(job: Stats, sets: Sets, download: bool) -> Run:
         download: Whether NLTK's data is fetched where it is missing.
 
     Raises:
-        ConfigError: If the tokenizer or NLTK's data is not there.
+        ConfigError: If the tokenizer, the gallery's source or NLTK's data is not there.
         DataError: If a file cannot be read.
     """
     root = location(job.output)
@@ -190,8 +201,17 @@ def prepare(job: Stats, sets: Sets, download: bool) -> Run:
     if kind == "nltk":
         find_resources(download)
     tagger = TextBlobEngine().name if kind == "textblob" else nltk_name()
-    rows = sum(num_rows(unit.file) for unit in sets.units) if job.tokenizer else 0
-    lengths = lengths_of(job, rows)
+    if job.gallery is not None:
+        find_shards(job.gallery.source)
+        if not sets.have_pairs:
+            log.warning(
+                "gallery: expected a table with captions and raw captions beside each other, found none; set "
+                "raw_column of a set to the column of the raw ones"
+            )
+    lengths = lengths_of(job)
+    rows = Counter[str]()
+    for unit in sets.units if lengths is not None else ():
+        rows[unit.set_name] += num_rows(unit.file)
     decided = {
         "schema": VERSION,
         "tagger": tagger,
@@ -205,7 +225,7 @@ def prepare(job: Stats, sets: Sets, download: bool) -> Run:
         root=root,
         units=sets.units,
         settings=partial(_settings, job, decided),
-        build=partial(StatsStage, job, kind, tagger, rows),
+        build=partial(StatsStage, job, kind, tagger, dict(rows)),
         cluster=job.cluster,
         swept=[root / COUNTS, root / QUALITY, root / DRAWN],
         count=lambda unit: num_rows(unit.file),
@@ -222,7 +242,7 @@ def _settings(job: Stats, decided: dict[str, Any], unit: CountUnit) -> dict[str,
         "shard": unit.fingerprint,
     }
     if job.gallery is not None and unit.beside and not unit.is_raw:
-        own["gallery"] = [job.gallery.num_pictures, job.gallery.seed]
+        own["gallery"] = True  # which of the rows drawn are shown is decided in the end
     return {**decided, **own}
 
 

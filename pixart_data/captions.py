@@ -232,7 +232,13 @@ def open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
         with local_copy(path) as copy, pq.ParquetFile(copy) as file:
             yield file
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: cannot be read as Parquet: {error}") from error
+        reason = str(error).partition("\n")[0].rstrip(".")
+        if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of Parquet
+            raise DataError(f"{path}: cannot be read: {reason}; check its place and who may read it") from error
+        raise DataError(
+            f"{path}: cannot be read as Parquet: {reason}; it is damaged, cut off or something else: write or copy it "
+            "again, or leave it out"
+        ) from error
 
 
 def _parquet_rows(part: CaptionFile, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:

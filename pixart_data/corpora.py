@@ -25,6 +25,8 @@ from pixart_data.nouns import (
 )
 from pixart_data.pages import printable
 from pixart_data.rarefaction import Growth, expected
+from pixart_data.records import Reason
+from pixart_data.renderings import shortened
 
 FORMAT = "pixart-stats"
 VERSION = 2
@@ -232,18 +234,23 @@ def notes(corpora: Sequence[Corpus]) -> list[str]:
         )
     if threshold != THRESHOLD:
         lines.append(f"The paper's threshold is {THRESHOLD}: its VN and VN/DN do not compare with these.")
-    sizes = [PAPER_CAPTIONS, *(corpus.stats.num_captions for corpus in corpora)]
-    if max(sizes) > _COMPARABLE_RATIO * min(sizes):
+    sizes = [corpus.stats.num_captions for corpus in corpora]
+    sizes += [] if approximate else [PAPER_CAPTIONS]  # which nothing approximate compares with
+    if max(sizes, default=0) > _COMPARABLE_RATIO * min(sizes, default=0):
         lines.append(
             f"VN/DN grows with sample size: rows with different numbers of captions do not compare "
             f"(here {min(sizes):,} to {max(sizes):,}); the figures rarefied to equal size do."
         )
-    for corpus in corpora:
-        if corpus.stats.num_empty:
-            lines.append(
-                f"{printable(corpus.name)}: {corpus.stats.num_empty:,} null or blank captions are not counted."
-            )
-    return lines
+    return [*lines, *(line for corpus in corpora if (line := _not_counted(corpus)))]
+
+
+def _not_counted(corpus: Corpus) -> str:
+    """Say which rows of a set are without a caption; empty if all have one."""
+    num_damaged = corpus.rejections.get(Reason.BAD_ROW, 0)
+    num_empty = corpus.stats.num_empty - num_damaged
+    kinds = [f"{num_empty:,} null or blank captions"] if num_empty else []
+    kinds += [f"{num_damaged:,} damaged rows"] if num_damaged else []
+    return f"{shortened(corpus.name)}: {' and '.join(kinds)} are not counted." if kinds else ""
 
 
 def to_json(corpora: Sequence[Corpus]) -> dict[str, Any]:

@@ -2,14 +2,19 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pixart_data.corpora import PAPER, PAPER_CAPTIONS, PAPER_ROWS, Corpus
 from pixart_data.nouns import NounStats
 from pixart_data.pages import escaped
 from pixart_data.rarefaction import Growth
+from pixart_data.renderings import shortened
 
 COLUMNS = ("Captions", "VN", "DN", "VN/DN", "Total nouns", "Nouns/image")
 """Of Table 1, beside the name of the row."""
+
+LEAST_CAPTIONS = 100
+"""Random subsets of fewer captions say nothing of a set: they are not compared."""
 
 _LABEL_CHARS = 40
 
@@ -114,11 +119,23 @@ def table_1(corpora: Sequence[Corpus]) -> str:
 def sizes_compared(corpora: Sequence[Corpus]) -> dict[int, list[tuple[Corpus, Growth]]]:
     """Return the sizes at which sets compare, smallest first, each with the sets that are large enough.
 
-    A size that a single set has compares with nothing, unless it is that of the paper's rows.
+    A size that a single set has compares with nothing, unless it is that of the paper's rows; nor does one below
+    `LEAST_CAPTIONS`.
     """
-    sizes = sorted({point.num_captions for corpus in corpora for point in corpus.rarefied})
+    points = (point.num_captions for corpus in corpora for point in corpus.rarefied)
+    sizes = sorted({size for size in points if size >= LEAST_CAPTIONS})
     found = {size: [(corpus, point) for corpus in corpora if (point := at(corpus, size))] for size in sizes}
     return {size: sets for size, sets in found.items() if len(sets) > 1 or size == PAPER_CAPTIONS}
+
+
+def too_small(corpora: Sequence[Corpus]) -> list[str]:
+    """Name the sets that are too small to be compared, a line each; a single set is compared with none."""
+    return [
+        f"{shortened(corpus.name)}: too small to compare ({corpus.stats.num_captions:,} captions, of at least "
+        f"{LEAST_CAPTIONS})."
+        for corpus in corpora
+        if corpus.stats.num_captions < LEAST_CAPTIONS and len(corpora) > 1
+    ]
 
 
 def at(corpus: Corpus, size: int) -> Growth | None:
@@ -195,7 +212,7 @@ def pair_table(dense: Corpus, raw: Corpus) -> str:
         ("Nouns/image", raw.stats.nouns_per_image, dense.stats.nouns_per_image, ".1f"),
         ("Total nouns", raw.stats.total_nouns, dense.stats.total_nouns, ",.0f"),
     ]
-    before, after = at_size
+    before, after = at_size if shared >= LEAST_CAPTIONS else (None, None)
     if before is not None and after is not None:
         rows += [
             (f"DN at {shared:,} captions", before.distinct_nouns, after.distinct_nouns, ",.0f"),
@@ -210,6 +227,42 @@ def pair_table(dense: Corpus, raw: Corpus) -> str:
     ]
     caption = f"{dense.name[:_LABEL_CHARS]} against {raw.name[:_LABEL_CHARS]}"
     return table(caption, ("Figure", raw.name[:_LABEL_CHARS], dense.name[:_LABEL_CHARS], "Times"), [Group("", cells)])
+
+
+def length_table(corpora: Sequence[Corpus]) -> str:
+    """Captions against the token limit, of the sets that were measured; empty where none was."""
+    rows = [
+        (
+            named(corpus),
+            (
+                f"{lengths['num_captions']:,}",
+                _share_measured(lengths),
+                f"{lengths['mean_tokens']:.1f}",
+                f"{lengths['max_tokens']}",
+                f"{lengths['share_truncated']:.2%}",
+                f"{lengths['share_of_tokens_lost']:.2%}",
+                shortened(str(lengths["tokenizer"]), 60),
+            ),
+        )
+        for corpus in corpora
+        if (lengths := corpus.lengths)
+    ]
+    head = (
+        "Captions of",
+        "measured",
+        "of rows",
+        "mean tokens",
+        "limit",
+        "captions cut",
+        "tokens lost",
+        "tokenizer",
+    )
+    return table("Captions against the token limit", head, [Group("", rows)]) if rows else ""
+
+
+def _share_measured(lengths: Mapping[str, Any]) -> str:
+    share = lengths.get("share_of_rows", 1.0)
+    return "all" if share >= 1.0 else f"1 in {1 / share:,.0f}"
 
 
 def _same_images(dense: Mapping[str, int], raw: Mapping[str, int]) -> list[tuple[str, float, float, str]]:

@@ -5,7 +5,6 @@ marked in both, and stand apart from the paper's rows, which another tagger coun
 """
 
 import base64
-import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -13,10 +12,12 @@ from pixart_data.corpora import PAPER, PAPER_CAPTIONS, PAPER_ROWS, Corpus, made_
 from pixart_data.errors import DataError
 from pixart_data.listings import (
     COLUMNS,
+    LEAST_CAPTIONS,
     Group,
     badges,
     equal_size_table,
     label,
+    length_table,
     mark,
     named,
     pair_table,
@@ -26,6 +27,7 @@ from pixart_data.listings import (
     table_1,
     table_1_figures,
     threshold_table,
+    too_small,
     view_table,
 )
 from pixart_data.nouns import DEFINITION, definition
@@ -90,8 +92,8 @@ def terminal_table(corpora: Sequence[Corpus]) -> str:
         lines.insert(split, "not comparable with these, which NLTK counted:")
     lines.insert(1, _GAP.join("-" * width for width in widths))
     told = [f"@{compact(size)}: in random subsets of {size:,} captions, which compare with each other."] if size else []
-    footnotes = [textwrap.fill(words, _TERMINAL_CHARS) for words in (*notes(corpora), *told, *_foreign(corpora))]
-    return "\n".join([*lines, "", *footnotes])
+    footnotes = (*notes(corpora), *told, *too_small(corpora), *_foreign(corpora))
+    return "\n".join([*lines, "", *(line for words in footnotes for line in _wrapped(words))])
 
 
 def html_page(corpora: Sequence[Corpus], gallery: Sequence["Exhibit"] = ()) -> str:
@@ -139,6 +141,7 @@ def _nouns(corpora: Sequence[Corpus], plots: dict[str, Plot]) -> Iterator[str]:
     yield "<h2>Sample size</h2>"
     yield f"<p class='note strong'>{escaped(_comparable(corpora))}</p>"
     yield equal_size_table(corpora)
+    yield from (f"<p class=note>{escaped(words)}</p>" for words in too_small(corpora))
     yield from _plots(plots, "density", "growth", "ranks", "nouns")
     other = view_table(corpora) + threshold_table(corpora)
     if other:
@@ -203,29 +206,14 @@ def _most_frequent(corpora: Sequence[Corpus]) -> Iterator[str]:
 
 def _lengths(corpora: Sequence[Corpus], plots: dict[str, Plot]) -> Iterator[str]:
     yield "<h2>Lengths for T5</h2>"
-    rows = [
-        (
-            named(corpus),
-            (
-                f"{lengths['num_captions']:,}",
-                f"{lengths['mean_tokens']:.1f}",
-                f"{lengths['max_tokens']}",
-                f"{lengths['share_truncated']:.2%}",
-                f"{lengths['share_of_tokens_lost']:.2%}",
-                shortened(str(lengths["tokenizer"]), 60),
-            ),
-        )
-        for corpus in corpora
-        if (lengths := corpus.lengths)
-    ]
-    if not rows:
+    measured = length_table(corpora)
+    if not measured:
         yield (
             "<p class=note>Not measured: run <code>pixart stats</code> again with <code>--tokenizer "
             "DeepFloyd/t5-v1_1-xxl</code>, or with <code>tokenizer = &quot;...&quot;</code> in the job file.</p>"
         )
         return
-    head = ("Captions of", "measured", "mean tokens", "limit", "captions cut", "tokens lost", "tokenizer")
-    yield table("Captions against the token limit", head, [Group("", rows)])
+    yield measured
     yield from _plots(plots, "lengths")
 
 
@@ -311,8 +299,9 @@ def _foreign(corpora: Sequence[Corpus]) -> list[str]:
 
 
 def _common_size(corpora: Sequence[Corpus]) -> tuple[int, dict[str, tuple[str, ...]]]:
-    """The size of the smallest set, and by set what goes into the two columns for it; 0 where none compares."""
-    smallest = min((corpus.stats.num_captions for corpus in corpora), default=0)
+    """The size of the smallest set that compares, and by set what the two columns for it hold; 0 where none does."""
+    large = [corpus.stats.num_captions for corpus in corpora if corpus.stats.num_captions >= LEAST_CAPTIONS]
+    smallest = min(large, default=0)
     sets = sizes_compared(corpora).get(smallest, [])
     if len(sets) < 2:
         return 0, {}
@@ -323,6 +312,18 @@ def _common_size(corpora: Sequence[Corpus]) -> tuple[int, dict[str, tuple[str, .
         )
         for corpus, point in sets
     }
+
+
+def _wrapped(words: str) -> Iterator[str]:
+    """Break a line where the terminal ends, which wide signs reach in half as many."""
+    line = ""
+    for word in words.split(" "):
+        if line and num_cells(line) + 1 + num_cells(word) > _TERMINAL_CHARS:
+            yield line
+            line = word
+        else:
+            line = f"{line} {word}" if line else word
+    yield line
 
 
 def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:

@@ -5,6 +5,7 @@ as a Python literal with its seed. Run all of it with `python -m tests.fuzz`, on
 """
 
 import argparse
+import functools
 import multiprocessing
 import os
 import random
@@ -162,20 +163,18 @@ def _is_same(one: Block, other: Block, caption: int) -> bool:
     )
 
 
-_trial: Trial | None = None
-
-
-def _open() -> None:
-    global _trial  # noqa: PLW0603 - one for each process
-    _trial = Trial()
+@functools.cache
+def _trial() -> Trial:
+    """One for each process."""
+    return Trial()
 
 
 def _run(seed: int) -> tuple[list[str], int, int]:
-    """Try a seed; return what went wrong, how many captions NLTK had to do, and tokens."""
-    assert _trial is not None
-    tokenizer = _trial.engine.tokenizer
+    """Try a seed; return what went wrong, how many captions NLTK had to do, and of how many."""
+    trial = _trial()
+    tokenizer = trial.engine.tokenizer
     declined, batch = tokenizer.num_declined, captions(seed)
-    problems = [_trial.explained(seed, batch, number) for number in _trial.differing(batch)[:3]]
+    problems = [trial.explained(seed, batch, number) for number in trial.differing(batch)[:3]]
     return problems, tokenizer.num_declined - declined, len(batch)
 
 
@@ -201,7 +200,7 @@ def main() -> int:
     provide_data()
     seeds = range(args.first_seed, args.first_seed + -(-args.captions // BATCH))
     started_s, tried, declined, failures = time.monotonic(), 0, 0, 0
-    with multiprocessing.get_context("spawn").Pool(args.processes, _open) as pool:
+    with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
         for done, (problems, by_nltk, count) in enumerate(pool.imap_unordered(_run, seeds), 1):
             tried, declined, failures = tried + count, declined + by_nltk, failures + len(problems)
             for problem in problems:

@@ -24,6 +24,7 @@ SMALL = dataclasses.replace(SMALL, nouns_per_image=6.0)
 LENGTHS = {
     "tokenizer": "some/t5",
     "max_tokens": 120,
+    "share_of_rows": 0.25,
     "num_captions": 200,
     "mean_tokens": 75.0,
     "num_truncated": 50,

@@ -46,7 +46,7 @@ from pixart_data.tagging.vocabulary import Words, intern
 
 _SPACE = ord(" ")
 _MOST_BYTES = 4 * MAX_CHARS  # of a chunk that has tokens at all
-_ZERO = np.int64(0)  # a plain 0 is a type of its own to numba, for which all would be compiled again
+_ZERO: Any = np.int64(0)  # a plain 0 is a type of its own to numba, for which all would be compiled again
 
 
 class Desk(NamedTuple):

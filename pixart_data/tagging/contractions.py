@@ -14,7 +14,7 @@ _LETTERS = np.array([[ord(letter) for letter in word.replace(" ", "").ljust(7)] 
 _CUTS = np.array([word.index(" ") for word in _CONTRACTIONS], np.int64)
 _LENGTHS = np.array([len(word) - 1 for word in _CONTRACTIONS], np.int64)
 _WANNA = 7
-_ONE = np.int64(1)  # a plain 1 is a type of its own to numba
+_ONE: Any = np.int64(1)  # a plain 1 is a type of its own to numba
 
 COMMON = (np.int64(0), np.int64(8))
 TIS = (np.int64(8), np.int64(9))

@@ -259,7 +259,7 @@ class Tokenizer:
 
     Args:
         vocabulary: Where the tokens go.
-        max_chunks: At so many, the table of chunks is cleared: 200 to 300 MB.
+        max_chunks: At so many, which take about 100 MB, the table of chunks is cleared.
 
     Attributes:
         num_captions: Captions so far, without nulls.

@@ -131,6 +131,27 @@ def test_a_single_set_is_told_that_it_compares_with_nothing():
     assert not any("captions" in row[0] for row in page.rows if len(row) == 1)
 
 
+def test_sets_too_small_to_compare_are_said_to_be():
+    tiny = dataclasses.replace(EXACT, num_captions=39)
+    sizes = {39: Growth(39, 60.0, 1.0, 0.017), 500: Growth(500, 1200.0, 250.0, 0.208)}
+    corpora = [
+        bare("名" * 40, tiny, rarefied=[sizes[39]]),
+        bare("raw", SMALL, rarefied=[sizes[39], sizes[500]]),
+        bare("dense", rarefied=[sizes[39], sizes[500]], gained_over="名" * 40),
+    ]
+    page = Page(html_page(corpora))
+    assert "too small to compare (39 captions, of at least 100)" in page.text
+    assert ["39 captions"] not in page.rows
+    assert ["500 captions"] in page.rows
+    assert not any("at 39 captions" in row[0] for row in page.rows)
+    lines = terminal_table(corpora).splitlines()
+    assert lines[0].split()[-2:] == ["@500", "VN/DN", "@500"][1:]
+    assert lines[2].split()[-1] == f"{EXACT.nouns_per_image:.1f}"  # the columns for 500 captions are empty
+    assert any("too small to compare (39 captions" in line for line in lines)
+    assert max(map(num_cells, lines)) <= 120
+    assert "too small" not in terminal_table([bare("alone", tiny)])
+
+
 def test_raw_and_dense_are_compared():
     page = Page(full_page())
     assert ["Nouns/image", "6.0", "24.4", "4.06"] in page.rows
@@ -154,7 +175,7 @@ def test_what_surrounds_the_nouns():
     assert ["truncated", "30 (6.00%)", "30 (4.00%)"] in page.rows
     assert ["fail in any way", "40 (8.00%)", "40 (5.33%)"] in page.rows
     assert ["the image features ...", "600", "20.0%"] in page.rows
-    assert ["dense", "200", "75.0", "120", "25.00%", "6.25%", "some/t5"] in page.rows
+    assert ["dense", "200", "1 in 4", "75.0", "120", "25.00%", "6.25%", "some/t5"] in page.rows
     assert ["dense", "40", "256 px", "2 of 3", "25.0%", "3.0%", "2"] in page.rows
     assert page.rows.index(["download_failed", "12"]) < page.rows.index(["too_small", "3"])
     assert ["dense", "1,416", "329", "7"] in page.rows  # thresholds
@@ -259,8 +280,9 @@ def test_any_number_of_sets_fits_a_terminal():
     )
     small = dataclasses.replace(huge, num_captions=123_456_789)
     at_size = Growth(123_456_789, 45_678_912.3, 5_678_912.1, 0.1243)
-    names = ["x" * 60, "漢字" * 30, "a", "b", "c"]
-    corpora = [bare(name, huge, rarefied=[at_size]) for name in names]
+    names = ["x" * 60, "漢字" * 30, "漢 字 " * 40, "b", "c"]
+    huge = dataclasses.replace(huge, num_empty=4_321)  # each set has a note
+    corpora = [bare(name, huge, rarefied=[at_size], language=FOREIGN) for name in names]
     lines = terminal_table([*corpora, bare("small", small, rarefied=[at_size], language=FOREIGN)]).splitlines()
     assert max(map(num_cells, lines)) <= 120
     rows = [line for line in lines[:12] if not line.startswith("not comparable")]

@@ -62,7 +62,7 @@ def test_a_run_through_ray_gives_nltks_figures_and_a_second_one_does_nothing(tmp
     (tmp_path / "alt.txt").write_text("dog sofa\nred train station\n")
     (tmp_path / "de.txt").write_text("Ein brauner Hund liegt auf dem roten Sofa.\nZwei Kinder spielen mit dem Ball.\n")
     sets = [f"dense={tmp_path}/set/*.parquet", tmp_path / "alt.txt", tmp_path / "de.txt"]
-    words = [*sets, "--column", "TEXT", "--out", tmp_path / "report"]
+    words = [*sets, "--column", "TEXT", "--out", tmp_path / "report", "--set", "cluster.num_workers=1"]
     done = pixart("stats", *words, env={**os.environ, "NLTK_DATA": str(nltk_data)})
     assert done.returncode == 0, done.stderr
     assert "stats: 11 in = 9 out + 2 rejected (no_caption 2)" in done.stdout
@@ -127,6 +127,9 @@ def bad(tmp_path, kind):
         path.write_bytes(b"")
     elif kind == "numbers":
         table(path, [1, 2, 3])
+    elif kind == "blank":
+        path = tmp_path / "blank.txt"
+        path.write_bytes(b"")
     elif kind == "latin":
         path = tmp_path / "latin.txt"
         path.write_bytes("ein caf\xe9\n".encode("latin-1"))
@@ -144,16 +147,18 @@ def bad(tmp_path, kind):
             "expected a column 'caption', found text, url; set sets.missing.column, on a command line --column",
         ),
         ("numbers", 2, "expected text in the column 'caption', found int64; columns of text: none"),
-        ("truncated", 3, "truncated.parquet: cannot be read as Parquet"),
-        ("empty", 3, "empty.parquet: cannot be read as Parquet"),
+        ("truncated", 3, "it is damaged, cut off or something else: write or copy it again, or leave it out"),
+        ("empty", 3, "empty.parquet: cannot be read as Parquet: Parquet file size is 0 bytes; it is damaged, cut off"),
+        ("blank", 3, "blank: expected captions in {path}, found no rows; name what has some, or leave the set out"),
         ("latin", 3, "latin.txt: expected text in UTF-8, found the byte 0xe9 in line 1; convert it first"),
     ],
 )
 def test_bad_input_is_one_clear_line(tmp_path, capsys, kind, code, expected):
-    found, _, lines = run(capsys, bad(tmp_path, kind), "--approximate", "--out", tmp_path / "report")
+    path = bad(tmp_path, kind)
+    found, _, lines = run(capsys, path, "--approximate", "--out", tmp_path / "report", "--dry-run")
     assert found == code
     [line] = lines
-    assert expected in line
+    assert expected.format(path=path) in line
     assert not (tmp_path / "report").exists()
 
 

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,13 +16,15 @@ import pytest
 from pipelines import stats
 from pipelines.config import Stats
 from pipelines.driver import make_plan
-from pipelines.facts import Facts
+from pipelines.facts import Facts, LanguageSample
 from pipelines.findings import read_findings, write_findings
 from pipelines.sets import find_sets
 from pixart_data import captions as module
 from pixart_data.commits import COMMITS, Record, read_records, sweep, write_record
 from pixart_data.config import digest, load
+from pixart_data.corpora import notes
 from pixart_data.errors import ConfigError, DataError
+from pixart_data.lemmas import Lemmatizer
 from pixart_data.listings import pair_table
 from pixart_data.quality import MEASURES, Totals
 from pixart_data.verification import verify
@@ -129,6 +132,7 @@ def test_rows_are_accounted_for(tmp_path):
     [record] = read_records(tmp_path / "report").values()
     assert (record.rows_in, record.rows_out, record.rejected) == (5, 2, {"no_caption": 1, "bad_row": 2})
     assert found.rejections == {"no_caption": 1, "bad_row": 2}
+    assert "one: 2 null or blank captions and 2 damaged rows are not counted." in notes([found])
     assert (found.stats.num_captions, found.stats.num_empty) == (1, 4)
 
 
@@ -243,9 +247,8 @@ def commits(made):
 @pytest.mark.parametrize(
     ("captions", "what"),
     [
-        ([None, None], "found 2 rows, all null or blank: no_caption 2; name what has some"),
-        (["", " \n"], "found 2 rows, all null or blank; name what has some"),
-        ([], "found no rows; name what has some"),
+        ([None, None], "found rows without one: 2 null or blank .no_caption 2.; name what has some"),
+        (["", " \n"], "found rows without one: 2 null or blank; name what has some"),
     ],
 )
 def test_a_set_without_any_caption_is_an_error_that_says_what_there_was(tmp_path, captions, what):
@@ -254,37 +257,99 @@ def test_a_set_without_any_caption_is_an_error_that_says_what_there_was(tmp_path
         do(job(tmp_path, one(path)))
 
 
-def test_an_empty_text_file_is_an_error_of_its_own(tmp_path):
-    (tmp_path / "a.txt").write_text("")
-    with pytest.raises(DataError, match=r"one: expected captions in .*a\.txt, found no rows; name what has some"):
-        do(job(tmp_path, one(tmp_path / "a.txt")))
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
+def test_a_set_without_any_row_is_found_before_anything_is_counted(tmp_path, name):
+    (tmp_path / "in").mkdir()
+    path = tmp_path / "in" / name
+    table(path, caption=pa.array([], pa.string())) if name.endswith("parquet") else path.write_text("")
+    with pytest.raises(DataError, match=rf"one: expected captions in .*{name}, found no rows; name what has some"):
+        stats.plan(job(tmp_path, one(path)))
+    other = table(tmp_path / "in/b.parquet", caption=DENSE) if name != "a.txt" else None
+    if other is not None:  # one file of several may be empty
+        stats.plan(job(tmp_path, one(tmp_path / "in")))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"tokenizer": "/no/such/folder"}, "tokenizer: "),
+        ({"gallery": {"source": {"paths": ["/no/such/pictures"]}}}, r"gallery\.source\.paths: "),
+        ({"compare": {"two": "one"}}, "compare: expected names of sets"),
+        ({"compare": {"one": "one"}}, "compare: expected two sets, found 'one' and itself"),
+    ],
+)
+def test_mistakes_are_found_by_a_dry_run(tmp_path, given, message):
+    path = table(tmp_path / "captions.parquet", caption=DENSE)
+    with pytest.raises(ConfigError, match=message):
+        stats.plan(job(tmp_path, one(path), **given))
 
 
 def test_a_column_of_numbers_in_jsonl_that_shows_late_is_an_error_in_the_end(tmp_path):
     path = tmp_path / "captions.jsonl"
     path.write_text('{"caption": null}\n' + '{"caption": 5}\n' * 3)
     with pytest.raises(
-        DataError, match="bad_row 3, no_caption 1 .column caption holds int, not text.; name what has some"
+        DataError, match="without one: 3 damaged .column caption holds int, not text., 1 null or blank .no_caption 1.;"
     ):
         do(job(tmp_path, one(path)))
 
 
-def test_another_language_is_flagged(tmp_path):
-    german = [
+FOREIGN = {
+    "de": [
         "Ein brauner Hund liegt auf einem roten Sofa neben dem Fenster.",
-        "Zwei Kinder spielen im Park mit dem Ball.",
-    ]
-    found = do(
-        job(
-            tmp_path,
-            one(table(tmp_path / "de.parquet", caption=german * 5), "de"),
-            one(table(tmp_path / "en.parquet", caption=DENSE), "en"),
-        )
-    )
-    assert found["de"].language["flagged"]
-    assert found["de"].language["share_other"] == 1.0
-    assert found["de"].language["most"] == [["de", 10]]
-    assert not found["en"].language["flagged"]
+        "Zwei Kinder spielen im Park mit dem Ball, und eine Frau sieht ihnen zu.",
+        "Ein alter Zug wartet an einem kleinen Bahnhof unter einem bewölkten Himmel.",
+    ],
+    "fr": [
+        "Un chien brun est couché sur un canapé rouge à côté de la fenêtre.",
+        "Deux enfants jouent au ballon dans le parc pendant qu'une femme les regarde.",
+        "Un vieux train attend dans une petite gare sous un ciel nuageux.",
+    ],
+    "zh": [
+        "一只棕色的狗躺在窗边的红色沙发上。",
+        "两个孩子在公园里玩球，一位女士在旁边看着。",
+        "一列旧火车停在小站里。",
+    ],
+}
+
+
+@pytest.mark.parametrize("code", FOREIGN)
+def test_another_language_is_flagged(tmp_path, code):
+    foreign = table(tmp_path / "foreign.parquet", caption=FOREIGN[code] * 4)
+    english = table(tmp_path / "en.parquet", caption=DENSE)
+    found = do(job(tmp_path, one(foreign, "foreign"), one(english, "english")))
+    assert found["foreign"].language == {
+        "num_captions": 12,
+        "share_other": 1.0,
+        "flagged": True,
+        "most": [[code, 12]],
+    }
+    assert not found["english"].language["flagged"]
+
+
+@pytest.mark.parametrize("num_german", [300, 900, 1800])
+@pytest.mark.parametrize("mixed", ["by file", "at random", "at the end"])
+def test_of_mixed_corpora_the_share_of_each_language_is_found(mixed, num_german):
+    english, german = pa.array(DENSE * 300), pa.array(FOREIGN["de"] * (num_german // 3))
+    units = [pa.concat_arrays([english, german])]
+    if mixed == "by file":
+        units = [english, german]
+    elif mixed == "at random":
+        units = [units[0].take(pa.array(np.random.default_rng(1).permutation(len(units[0]))))]
+    language = Facts.merged(map(spoken, units)).language
+    true = num_german / (1200 + num_german)
+    assert language["share_other"] == pytest.approx(true, abs=0.11)
+    assert language["flagged"] == (true > 0.5)
+
+
+def spoken(captions):
+    """Return what is known of a unit with these captions."""
+    sample = LanguageSample("a")
+    for first in range(0, len(captions), 256):
+        sample.add(captions[first : first + 256], first)
+    facts = Facts(languages=sample.languages())
+    facts.totals.num_captions = len(captions)
+    assert 80 <= facts.languages.total() <= 200
+    return facts
 
 
 def test_lengths_are_measured_with_the_tokenizer(tmp_path, miniatures):
@@ -302,6 +367,16 @@ def test_lengths_are_measured_with_the_tokenizer(tmp_path, miniatures):
         do(job(tmp_path, one(path), tokenizer=str(tmp_path / "none")))
 
 
+def test_a_small_set_is_measured_whole_beside_a_large_one(tmp_path, miniatures, monkeypatch):
+    small = table(tmp_path / "small.parquet", caption=DENSE * 4)
+    large = table(tmp_path / "large.parquet", caption=DENSE * 50)
+    monkeypatch.setattr("pixart_data.lengths.shares.level_of", lambda num_rows, most_rows: int(num_rows > 100))
+    found = do(job(tmp_path, one(large, "large"), one(small, "small"), tokenizer=miniatures["t5"]))
+    assert [found[name].lengths["share_of_rows"] for name in ("small", "large")] == [1.0, 0.5]
+    assert found["small"].lengths["num_captions"] == 16
+    assert 50 < found["large"].lengths["num_captions"] < 150
+
+
 def test_the_gallery_shows_pictures_with_both_captions(tmp_path, pictures, drawn):
     keys = [f"pictures/{path.stem}" for path in sorted(pictures.glob("*.jpg"))][:3]
     path = table(
@@ -313,12 +388,24 @@ def test_the_gallery_shows_pictures_with_both_captions(tmp_path, pictures, drawn
     assert page.count("data:image/jpeg") == 2
     assert "a train &amp; a station" in page
     assert parts(made)["one--captions", "drawn"].num_rows == 2
+    before = commits(made)
+    other = job(tmp_path, one(path), gallery={"source": {"paths": [str(pictures)]}, "num_pictures": 1, "seed": 3})
+    do(other)
+    assert (tmp_path / "report/report.html").read_text().count("data:image/jpeg") == 1
+    assert commits(made) == before  # another gallery counts nothing again
 
 
 def test_a_gallery_without_captions_beside_each_other_says_so(tmp_path, pictures, caplog):
     path = table(tmp_path / "captions.parquet", caption=DENSE)
     do(job(tmp_path, one(path), gallery={"source": {"paths": [str(pictures)]}}))
     assert "gallery: expected a table with captions and raw captions beside each other, found none" in caplog.text
+    assert "gallery: expected rows" not in caplog.text
+
+
+def test_a_gallery_without_a_row_that_has_both_captions_says_so(tmp_path, pictures, caplog):
+    path = table(tmp_path / "captions.parquet", caption=DENSE, raw_caption=pa.nulls(4, pa.string()))
+    do(job(tmp_path, one(path), gallery={"source": {"paths": [str(pictures)]}}))
+    assert "gallery: expected rows with a caption and a raw caption, found none" in caplog.text
 
 
 # Exactly once
@@ -335,6 +422,18 @@ def test_a_finished_job_does_nothing_and_a_report_that_is_gone_is_written_again(
     do(made)
     assert (tmp_path / "report/report.html").read_bytes() == page
     assert commits(made).items() <= files.items()
+
+
+def test_the_report_is_written_anew_where_other_lemmas_are_found(tmp_path, monkeypatch):
+    made = job(tmp_path, one(table(tmp_path / "captions.parquet", caption=DENSE)))
+    do(made)
+    before = commits(made)
+    rule = "lemmas of a WordNet installed since"
+    lemmas = Lemmatizer(rule, plurals_only=False, lemma=lambda noun: noun[:1])
+    for module_name in ("pipelines.findings", "pixart_data.nouns"):
+        monkeypatch.setattr(f"{module_name}.find_lemmatizer", lambda: lemmas)
+    assert do(made)["one"].views["lemma"].rule == rule
+    assert commits(made) == before
 
 
 def test_a_report_is_sealed_and_damage_to_it_found(tmp_path, drawn):
@@ -432,7 +531,7 @@ def test_a_kill_loses_the_unit_in_flight_and_doubles_nothing(tmp_path, job_file)
 def test_a_machine_with_another_tagger_is_refused(tmp_path):
     made = job(tmp_path, one(table(tmp_path / "captions.parquet", caption=DENSE)))
     with pytest.raises(ConfigError, match="expected nltk 1.0, as where the job was planned, found textblob"):
-        stats.StatsStage(made, "textblob", "nltk 1.0", 0)
+        stats.StatsStage(made, "textblob", "nltk 1.0", {})
 
 
 def test_facts_add_up_and_come_back(tmp_path):

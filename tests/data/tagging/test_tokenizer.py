@@ -156,7 +156,7 @@ def test_words_do_not_hang_on_their_neighbours(tokenizer, nltk_says):
     # The table of chunks fills in another order, with each chunk in other places than when it was first seen.
     pieces = [piece for caption in _captions() for piece in caption.split(" ")]
     rng = np.random.default_rng(0)
-    captions = [" ".join(rng.choice(pieces, 6)) for _ in range(1500)]
+    captions = [" ".join(rng.choice(pieces, 6)) for _ in range(600)]
     read(tokenizer, pa.array(captions[::-1]))
     for caption, found in zip(captions, read(tokenizer, pa.array(captions)), strict=True):
         assert found == nltk_says(caption), repr(caption)
@@ -238,11 +238,11 @@ def test_many_new_words_and_long_captions(tokenizer, nltk_says):
         " ".join(f"w{i}x{k}." for k in range(40))
         for i in range(1200)  # 48,000 chunks: all tables grow
     ]
-    captions += ["dog" * 200 + " end. Then", "a. B " * 14_000, "x.y" * 20_000, "'" * 390, ".:" * 199, '`"' * 199]
+    captions += ["dog" * 200 + " end. Then", "dog " * 17_000, "x.y" * 20_000, "'" * 390, ".:" * 199, '`"' * 199]
     found = read(tokenizer, pa.array(captions))
     for number in (0, 700, 1199, *range(1200, len(captions))):
         assert found[number] == nltk_says(captions[number]), captions[number][:50]
-    assert tokenizer.num_declined == 3  # the first three of the long ones
+    assert tokenizer.num_declined == 4  # all but those with apostrophes and backticks
 
 
 def test_every_real_caption_is_tagged_as_nltk_tags_it(nltk_data):
