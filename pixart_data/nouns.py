@@ -260,7 +260,7 @@ class Distinct:
         held = table["captions" if view in ("surface", "common") else "first_captions"]
         encoded = nouns.dictionary_encode()
         count, captions = (_summed(encoded, column) for column in (table["count"], held))
-        captions = np.minimum(captions, counts.num_captions)
+        captions = np.clip(captions, 1, counts.num_captions)  # a lemma may have lost all to another of its surfaces
         return cls(encoded.dictionary, count, captions, view, rule, counts)
 
     def stats(self, threshold: int = THRESHOLD) -> NounStats:

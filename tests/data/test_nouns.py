@@ -325,6 +325,12 @@ def test_lemmas_without_wordnet_are_singulars_and_say_so(no_wordnet):
     assert rule in definition(summarise(counted(LEMMA_CAPTIONS), "lemma"))
 
 
+def test_a_lemma_whose_captions_went_to_another_of_its_surfaces_is_held_by_some(no_wordnet):
+    distinct = Distinct.of(counted([[("Cats", "NN"), ("cats", "NNS")]] * 20), "lemma")
+    assert set(distinct.nouns.to_pylist()) == {"cats", "cat"}
+    assert distinct.captions.min() >= 1
+
+
 def test_lemmas_with_wordnet_are_its_own_and_say_so(no_wordnet):
     folder = no_wordnet / "corpora" / "wordnet"
     write_wordnet(folder, ["cat", "child", "glass", "mouse"], {"children": "child", "mice": "mouse"})
