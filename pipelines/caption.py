@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
 
 from pipelines.config import Caption
-from pipelines.driver import Account, Plan, Run, changed, execute, make_plan
+from pipelines.driver import Account, Plan, Run, execute, make_plan
 from pipelines.engine import Engine
-from pipelines.gate import Gatekeeper
+from pipelines.gate import Gatekeeper, find_judge, is_no_attempt, lacks, with_gate
 from pipelines.pictures import Picture, read_pictures
 from pipelines.worker import Report
 from pixart_data import events
@@ -41,15 +41,20 @@ _SENT = {"max_side_px", "jpeg_quality"}  # what of a server's settings decides t
 log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
+T = TypeVar("T")
 
 
 class CaptionStage:
-    """Captions one unit after another, with one loaded model or by asking servers."""
+    """Captions one unit after another, with one loaded model or by asking servers.
 
-    def __init__(self, job: Caption) -> None:
+    Args:
+        tagger: The engine that captions are judged with where the job was planned; None: any.
+    """
+
+    def __init__(self, job: Caption, tagger: str | None = None) -> None:
         self.job, self.root = job, location(job.output)
         self.more = list(job.captioner.questions)[1:]
-        self.gate = None if job.gate is None else Gatekeeper(job.gate, job.captioner)
+        self.gate = None if job.gate is None else Gatekeeper(job.gate, job.captioner, tagger)
         if job.captioner.server is None:
             from pixart_data.captioner import Captioner
 
@@ -79,37 +84,45 @@ class CaptionStage:
             again[row["key"]] = row
             num_rejected += row["error"] is not None
             report(count, num_rejected)
-        return self._end(unit, [again.get(row["key"], row) for row in rows])
+        return self._end(unit, [again.get(row["key"], row) for row in rows], record)
 
     def amend(self, unit: Unit, record: Record, report: Report) -> Record:
         """Judge the captions of a part that are there, have those asked for again that fail, and write it anew."""
         rows: list[Row] = read_table(self.root / record.files[0].path).to_pylist()
         report(len(rows), sum(record.rejected.values()))
-        return self._end(unit, rows)
+        return self._end(unit, rows, record)
 
-    def _end(self, unit: Unit, rows: list[Row]) -> Record:
-        if self.gate is not None:
-            self.gate.judge(rows)
-            due = {row["key"]: row for row in rows if self.gate.is_due(row)}
-            for _ in self._answered(unit, due.keys(), partial(self._again, unit, due)) if due else ():
-                events.beat()
-        table = pa.Table.from_pylist(rows, schema=captions_schema(self.more))
+    def _end(self, unit: Unit, rows: list[Row], before: Record | None = None) -> Record:
+        """Put the rows through the gate, write the part and return its record; `before` is the one it replaces."""
+        table, judged = self._judged(unit, rows, {} if before is None else before.facts.get(GATE, {}))
         file = publish_table(table, self.root, self.root / PARTS, unit.id)
         rejected = Counter(row["error"] for row in rows if row["error"] is not None)
         rows_out = len(rows) - rejected.total()
         facts = {**self.captioner.facts}
         if self.more:
             facts["missing"] = {name: _tally(rows, name) for name in self.more}
-        if self.gate is not None:
-            facts |= self.gate.facts(rows)
-        return Record(unit.id, "", {}, len(rows), rows_out, dict(rejected), [file], facts=facts)
+        return Record(unit.id, "", {}, len(rows), rows_out, dict(rejected), [file], facts=facts | judged)
+
+    def _judged(self, unit: Unit, rows: list[Row], before: dict[str, Any]) -> tuple[pa.Table, dict[str, Any]]:
+        """Judge rows and have those asked for again that fail; return their table, and the gate's facts."""
+        schema = captions_schema(self.more)
+        if self.gate is None:
+            return pa.Table.from_pylist(rows, schema=schema), {GATE: before} if before else {}
+        self.gate.judge(rows)
+        due = {row["key"]: row for row in rows if self.gate.is_due(row)}
+        unanswered = Counter[str]()
+        for missed in self._answered(unit, due.keys(), partial(self._again, unit, due)) if due else ():
+            unanswered.update(missed)
+            events.beat()
+        table = pa.Table.from_pylist(rows, schema=schema.with_metadata({GATE: self.gate.tagger}))
+        return table, self.gate.facts(rows, unanswered, before)
 
     def _rows(self, unit: Unit, keys: Any) -> Iterator[Row]:
         """Yield the rows of a unit in the order of the source, all of them or those with `keys`."""
         for rows in self._answered(unit, keys, partial(self._batch, unit)):
             yield from rows
 
-    def _answered(self, unit: Unit, keys: Any, answer: Callable[[list[Picture]], list[Row]]) -> Iterator[list[Row]]:
+    def _answered(self, unit: Unit, keys: Any, answer: Callable[[list[Picture]], T]) -> Iterator[T]:
         """Yield what `answer` makes of each batch of a unit's pictures, in the order of the source."""
         config, captioner = self.job.captioner, self.captioner
         num_ahead = max(captioner.batch_size, captioner.num_batches // 2)
@@ -138,15 +151,16 @@ class CaptionStage:
             answers = iter(self.describe(batch)["answers"])
         return [self._row(picture, next(answers) if picture.error is None else {}) for picture in held]
 
-    def _again(self, unit: Unit, due: dict[str, Row], held: list[Picture]) -> list[Row]:
-        """Ask for captions that failed until they pass or have no attempts left; returns their rows.
+    def _again(self, unit: Unit, due: dict[str, Row], held: list[Picture]) -> Counter[str]:
+        """Ask for captions that failed until they pass or have no attempts left; count what got no answer, by reason.
 
         What is asked and drawn depends on a row and its attempts alone, so that a unit ends up with the same captions
         whether it is judged at once or long after, and however often that is taken up. An image that cannot be read
-        any more keeps the caption that it has.
+        any more keeps the caption that it has. One that a server fails on is left to another run: the engine itself
+        has tried again.
         """
         gate, left = self.gate, [picture for picture in held if picture.error is None]
-        rows = [due[picture.sample.key] for picture in left]
+        unanswered = Counter[str]()
         while left and gate is not None:
             asked = [due[picture.sample.key] for picture in left]
             batch: dict[str, list[Any]] = {
@@ -157,9 +171,11 @@ class CaptionStage:
                 ],
                 "decoding": [gate.decoding(row) for row in asked],
             }
-            gate.weigh(asked, [answers[MAIN] for answers in self.describe(batch)["answers"]])
-            left = [picture for picture in left if gate.is_due(due[picture.sample.key])]
-        return rows
+            answers = [found[MAIN] for found in self.describe(batch)["answers"]]
+            unanswered += gate.weigh(asked, answers)
+            came = [picture for picture, answer in zip(left, answers, strict=True) if not is_no_attempt(answer)]
+            left = [picture for picture in came if gate.is_due(due[picture.sample.key])]
+        return unanswered
 
     def _row(self, picture: Picture, answers: Answers) -> Row:
         main = answers.get(MAIN)
@@ -204,8 +220,16 @@ def _seed(seed: int, unit: str, key: str) -> int:
     return zlib.crc32(f"{seed}/{unit}/{key}".encode())
 
 
-def prepare(job: Caption) -> Run:
-    """Find the units of a job and what decides their results."""
+def prepare(job: Caption, reasons: Sequence[str] = ()) -> Run:
+    """Find the units of a job and what decides their results.
+
+    Args:
+        reasons: Only rows that were rejected for these are to be done again.
+
+    Raises:
+        ConfigError: If there are no units, or the data that captions are judged with is missing here.
+    """
+    tagger = None if job.gate is None else find_judge(job.gate)
     source = job.source.model_dump(include={"layout", "path_column", "caption_column", "max_image_pixels"})
     decided = {"schema": SCHEMA_VERSION, "captioner": _decided(job.captioner), "source": source}
     root = location(job.output)
@@ -214,25 +238,14 @@ def prepare(job: Caption) -> Run:
         root=root,
         units=find_units(job.source),
         settings=lambda unit: {**decided, "shard": unit.fingerprint},
-        build=partial(CaptionStage, job),
+        build=partial(CaptionStage, job, tagger),
         cluster=job.cluster,
         swept=[root / PARTS],
         count=count_rows,
         units_per_worker=2,
         needs_gpu=job.captioner.server is None,
-        lacks=(lambda record: "") if job.gate is None else partial(_lacks, job.gate.model_dump()),
+        lacks=partial(lacks, job.gate, tagger, not reasons),
     )
-
-
-def _lacks(gate: dict[str, Any], record: Record) -> str:
-    """Say what has changed about the gate since a unit was judged.
-
-    The gate is no part of the unit's digest: the captions that pass it would be asked for again, too.
-    """
-    if GATE not in record.facts:
-        return "captions not judged"
-    names = changed(record.facts[GATE]["settings"], gate, "gate.")
-    return f"{names} changed" if names else ""
 
 
 def _decided(captioner: Captioner) -> dict[str, Any]:
@@ -254,13 +267,14 @@ def _decided(captioner: Captioner) -> dict[str, Any]:
 
 def plan(job: Caption) -> list[tuple[Run, Plan]]:
     """Return what the job would do."""
-    run = prepare(job)
+    run = prepare(with_gate(job))
     return [(run, make_plan(run))]
 
 
 def run(job: Caption, reasons: Sequence[str] = ()) -> list[tuple[Run, Account]]:
     """Do the job; with `reasons`, do the rows of a finished one again that were rejected for these."""
-    prepared = prepare(job)
+    job = with_gate(job)
+    prepared = prepare(job, reasons)
     return [(prepared, execute(prepared, job, partial(_finish, prepared.root), reasons))]
 
 

@@ -19,6 +19,7 @@ from pixart_data.sections import (
 )
 
 _SET_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+_HOTTEST = 2.0  # temperature that OpenAI's API and the servers that follow it take
 
 
 class Cluster(Section):
@@ -53,21 +54,23 @@ class Gating(Gate):
     """A caption that fails is asked for again up to this often, and marked if none passes; 0 only marks. More than
     before: what still fails is asked for as often as is left."""
     temperatures: list[float] = Field(default=[0.5, 0.9], min_length=1)
-    """Of these answers, one after the other; the last one is for all further ones."""
+    """Of these answers, one after the other, from 0 to 2; the last one is for all further ones."""
     top_p: float = Field(default=0.9, gt=0.0, le=1.0)
     """Share of the probability that they are drawn from."""
     frequency_penalty: float = Field(default=0.3, ge=0.0, le=2.0)
     """After a loop: taken off a token's score for each time that the answer has it already, as OpenAI's API has it."""
     more_tokens: float = Field(default=1.5, ge=1.0)
-    """After a truncated caption: this many times `captioner.max_new_tokens`."""
+    """After a truncated caption: this many times `captioner.max_new_tokens`, or just these from a server that has no
+    room for more."""
     approximate: bool = False
     """Tag words with TextBlob's lexicon, which comes with the package, instead of with NLTK's data."""
 
     @field_validator("temperatures")
     @classmethod
-    def _are_no_less_than_zero(cls, temperatures: list[float]) -> list[float]:
-        if min(temperatures) < 0:
-            raise ValueError(f"expected temperatures of 0 or more, found {min(temperatures):g}")
+    def _are_what_servers_take(cls, temperatures: list[float]) -> list[float]:
+        wrong = [temperature for temperature in temperatures if not 0 <= temperature <= _HOTTEST]
+        if wrong:
+            raise ValueError(f"expected temperatures from 0 to {_HOTTEST:g}, found {wrong[0]:g}")
         return temperatures
 
 

@@ -44,9 +44,9 @@ def read_pictures(
         min_side_px: Lets JPEGs be decoded smaller, as long as both sides keep this many pixels.
         buckets: Lets JPEGs be decoded smaller, as far as the bucket of each allows.
         then: Done in the same thread; its result goes into `Picture.placed`, and the decoded image is dropped.
-        keys: Only the samples with these.
+        keys: Only the samples with these; the images of the others are not read.
     """
-    samples = (sample for sample in read_samples(unit, source) if keys is None or sample.key in keys)
+    samples = read_samples(unit, source, keys=keys)
     sizes = {"max_pixels": source.max_image_pixels, "min_side_px": min_side_px, "buckets": buckets}
     return ahead(partial(_decode, sizes=sizes, then=then), samples, _num_threads(), 2 * batch_size)
 

@@ -37,6 +37,7 @@ from pixart_data.inputs import num_rows
 from pixart_data.nouns import NounCounter
 from pixart_data.quality import MEASURES, Inspector
 from pixart_data.records import Reason
+from pixart_data.renderings import shortened
 from pixart_data.retries import storage
 from pixart_data.storage import location, staging
 from pixart_data.tagging.engines import Kind, open_engine
@@ -120,7 +121,7 @@ class StatsStage:
         block = self.engine.tag(rows.captions)
         self.counter.add(block)
         asked, ended = rows.more.get("prompt"), rows.more.get("finish_reason")
-        measures = self.inspector.measure(block, rows.captions, asked, ended)
+        measures = self.inspector.measure(block, asked, ended)
         return measures, failures(measures, self.job.gate)
 
     def _draw(self, unit: CountUnit, rows: Rows) -> list[Row]:
@@ -265,7 +266,7 @@ def run(job: Stats) -> list[tuple[Run, Account]]:
                 "%s: %s: %.0f%% of the captions looked at are not in English, which is all that the tagger knows: its "
                 "figures mean little (languages: %s)",
                 STAGE,
-                corpus.name,
+                shortened(corpus.name),
                 100 * corpus.language["share_other"],
                 ", ".join(f"{code} {count}" for code, count in corpus.language["most"]),
             )

@@ -62,6 +62,7 @@ class Captioner:
             "dtype": str(self.placement.dtype).removeprefix("torch."),
         }
         self._describe = Halving(self._generate)
+        self._describe_again = Halving(self._generate)  # longer answers need smaller batches, and no others do
         self._num_words = functools.lru_cache(maxsize=1024)(self._count_words)
         self._require_sight()
 
@@ -139,7 +140,7 @@ class Captioner:
             for place in places:
                 prompt = ask(self.config, MAIN, batch["raw_caption"][place], self._special)
                 asked.append((moderate(batch["image"][place]), prompt or "", decoding, batch["seed"][place]))
-            for place, caption in zip(places, self._describe(asked), strict=True):
+            for place, caption in zip(places, self._describe_again(asked), strict=True):
                 answers[place] = {MAIN: self._checked(caption)}
         return answers
 
@@ -176,7 +177,8 @@ class Captioner:
         """Return what `generate` is told of the decoding; one that is given is done by a processor of our own."""
         if decoding is not None:
             drawing = LogitsProcessorList([Drawing(decoding, seeds)])
-            return {"do_sample": False, "logits_processor": drawing, "max_new_tokens": decoding.max_new_tokens}
+            length = {"max_new_tokens": decoding.max_new_tokens}
+            return {"do_sample": False, "num_beams": 1, "logits_processor": drawing, **length}  # noise has no beams
         length = {"max_new_tokens": self.config.max_new_tokens}
         if self.config.temperature > 0:
             return {"do_sample": True, "temperature": self.config.temperature, "top_p": self.config.top_p, **length}

@@ -232,7 +232,7 @@ def open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
         with local_copy(path) as copy, pq.ParquetFile(copy) as file:
             yield file
     except (pa.ArrowException, OSError) as error:
-        reason = str(error).partition("\n")[0].rstrip(".")
+        reason = str(error).partition("\n")[0].partition(". ")[0].rstrip(".")
         if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of Parquet
             raise DataError(f"{path}: cannot be read: {reason}; check its place and who may read it") from error
         raise DataError(

@@ -31,6 +31,7 @@ FAILURES = (
 
 _FLAGS = ("refusal", "echo", "truncated")  # a measure and a setting are named so, too
 _BOILERPLATE_SENTENCES = 3  # one or two may both begin so
+_OTHERWISE = "or set gate.approximate = true to judge captions by TextBlob's lexicon"
 
 
 def failures(measures: pa.RecordBatch, gate: Gate) -> pa.Array:
@@ -75,6 +76,21 @@ def _exceeds(shares: pa.Array, limit: float) -> pa.Array:
     return pc.greater(shares, pa.scalar(limit, shares.type))
 
 
+def find_tagger(kind: "Kind") -> str:
+    """Return the name of the engine that tags the words of captions to be judged, without loading it.
+
+    Raises:
+        ConfigError: If it needs data that this machine does not have.
+    """
+    from pixart_data.tagging.references import TextBlobEngine, nltk_name
+    from pixart_data.tagging.resources import find_resources
+
+    if kind == "textblob":
+        return TextBlobEngine().name
+    find_resources(otherwise=_OTHERWISE)
+    return nltk_name()
+
+
 class CaptionGate:
     """Judges texts, for the caption job; threads may share it, one judges at a time.
 
@@ -94,8 +110,14 @@ class CaptionGate:
         from pixart_data.quality import Inspector
         from pixart_data.tagging.engines import open_engine
 
+        find_tagger(self.kind)  # says what to do without its data in the words of this command
         engine = open_engine(self.kind)
-        return engine, Inspector(engine.vocabulary)
+        return engine, Inspector(engine.vocabulary, with_openers=False)
+
+    @property
+    def tagger(self) -> str:
+        """The name of the engine, which is opened for it."""
+        return self._opened[0].name
 
     def judge(
         self, captions: Sequence[str | None], prompts: Sequence[str | None], finish_reasons: Sequence[str | None]
@@ -114,7 +136,7 @@ class CaptionGate:
         with self._lock:
             engine, inspector = self._opened
             texts, asked = _texts(captions), _texts(prompts)
-            measures = inspector.measure(engine.tag(texts), texts, asked, pa.array(finish_reasons, pa.string()))
+            measures = inspector.measure(engine.tag(texts), asked, pa.array(finish_reasons, pa.string()))
         found: list[list[str]] = failures(measures, self.gate).to_pylist()
         return found
 

@@ -51,9 +51,6 @@ PROSE_TOKENS = 32
 ECHO_WORDS = 6
 """So many words of the prompt in a row are an echo of it; or all of a shorter prompt, down to three."""
 
-TOP_OPENERS = 20
-"""So many openers are worth showing."""
-
 
 @dataclass(frozen=True)
 class Bins:
@@ -99,16 +96,16 @@ class Inspector:
 
     Args:
         vocabulary: The engine's.
+        with_openers: Count how sentences begin, too; what is counted stays in memory until `take_openers`.
     """
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    def __init__(self, vocabulary: Vocabulary, with_openers: bool = True) -> None:
         self._counter = Counter(vocabulary)
-        self._openers = OpenerCounter(vocabulary)
+        self._openers = OpenerCounter(vocabulary) if with_openers else None
 
     def measure(
         self,
         block: Block,
-        captions: pa.Array | pa.ChunkedArray | None = None,
         prompts: pa.Array | pa.ChunkedArray | None = None,
         finish_reasons: pa.Array | pa.ChunkedArray | None = None,
     ) -> pa.RecordBatch:
@@ -116,13 +113,13 @@ class Inspector:
 
         Args:
             block: What the engine gave for the captions.
-            captions: The captions themselves; not looked at, since all is in the block.
             prompts: What each was asked with. What a prompt quotes in "double quotes" is not counted as its own words:
                 a caption may well repeat the raw caption that it was shown.
             finish_reasons: "length" where the caption was cut off.
         """
         counts = dict(zip(COUNTS, self._counter.count(block).T, strict=True))
-        self._openers.add(block)
+        if self._openers is not None:
+            self._openers.add(block)
         nouns, tokens = counts["num_nouns"], counts["num_tokens"]
         columns: dict[str, npt.NDArray[Any]] = {
             **counts,
@@ -143,7 +140,7 @@ class Inspector:
 
     def take_openers(self) -> Openers:
         """Return how the sentences measured since the last time begin."""
-        return self._openers.take()
+        return Openers() if self._openers is None else self._openers.take()
 
     def _echo(self, block: Block, prompts: Any, absent: npt.NDArray[np.bool_]) -> pa.Array:
         if prompts is None or pa.types.is_null(prompts.type):

@@ -75,6 +75,7 @@ CAPTIONS = pa.schema(
         ("gate", pa.list_(pa.string())),  # what the caption fails; [] if it passes, null if it was not judged
         ("gate_first", pa.list_(pa.string())),  # what the first answer failed
         ("num_attempts", pa.int32()),  # how often it was asked for; null if it was not judged
+        ("kept_attempt", pa.int32()),  # which of these gave the caption, from 1 on
     ]
 )
 

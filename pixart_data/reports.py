@@ -80,7 +80,7 @@ def terminal_table(corpora: Sequence[Corpus]) -> str:
     extra = (f"DN @{compact(size)}", f"VN/DN @{compact(size)}") if size else ()
     rows = [("Captions of", *COLUMNS, *extra)]
     for corpus in corpora:
-        more = at_size.get(corpus.name, ("",) * len(extra))
+        more = at_size.get(corpus.name, ("-",) * len(extra))
         rows.append((printable(corpus.name), *table_1_figures(corpus.stats), *more))
     split = len(rows)
     rows += [(f"{name} (paper)", *paper_figures(stats), *("-" for _ in extra)) for name, stats in PAPER_ROWS.items()]

@@ -3,7 +3,7 @@
 import re
 from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from pixart_data.buckets import Bucket, bucket_table, custom_table
 from pixart_data.config import LocalPath, ModelId, Section
@@ -242,6 +242,8 @@ def require_table(sizes: list[str] | None, info: ValidationInfo) -> list[str] | 
 
 class Gate(Section):
     """What a caption must be like. The defaults let pass what LLaVA writes when nothing goes wrong."""
+
+    model_config = ConfigDict(allow_inf_nan=False)  # beside what all sections have
 
     truncated: bool = True
     """Fail captions that break off: at `max_new_tokens`, or without a final mark (those of 32 tokens and more, or that

@@ -13,6 +13,7 @@ import re
 import threading
 import zlib
 from collections.abc import Coroutine, Iterable
+from dataclasses import replace
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -140,7 +141,7 @@ class ServedCaptioner:
         if prompt is None:
             return unasked()
         try:
-            reply = await self._chats.ask(self._body(prompt, image, seed) | _drawn(decoding))
+            reply = await self._reply(self._body(prompt, image, seed), decoding)
             return await self._checked(reply, prompt)
         except Refused as refused:
             await self._require_pulse(refused)
@@ -150,6 +151,16 @@ class ServedCaptioner:
             return NoCaption(prompt, Reason.SERVER_ERROR, f"{self.server.max_attempts} attempts; the last: {broken}")
         except Away as away:
             raise _transient(away) from away
+
+    async def _reply(self, body: dict[str, Any], decoding: Decoding | None) -> Reply:
+        """Ask; where a server has no room for a longer answer, ask for one of the length of the first."""
+        try:
+            return await self._chats.ask(body | _drawn(decoding))
+        except Refused as refused:
+            most = self.config.max_new_tokens
+            if decoding is None or decoding.max_new_tokens <= most or refused.status not in _OF_THE_ROW:
+                raise
+        return await self._chats.ask(body | _drawn(replace(decoding, max_new_tokens=most)))
 
     def _body(self, prompt: str, image: str | None, seed: int = 0, max_tokens: int | None = None) -> dict[str, Any]:
         """Return a request: of the job's kind, or greedy with `max_tokens`."""

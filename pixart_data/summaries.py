@@ -49,7 +49,8 @@ def _body(status: Status, place: str, sample: Record | None) -> Iterator[str]:
         yield "<h2>Settings that decided the result</h2>"
         decided = {name: value for name, value in sample.settings.items() if name != "shard"}
         if GATE in sample.facts:
-            decided[GATE] = sample.facts[GATE]["settings"]
+            judged = sample.facts[GATE]
+            decided[GATE] = {**judged["settings"], "tagger": judged.get("tagger")}
         yield _table(("setting", "value"), _flat(decided), "words")
         found = {name: fact for name, fact in sample.facts.items() if name != GATE}
         if found:

@@ -9,6 +9,7 @@ from typing import Any
 from pixart_data.commits import Record
 
 GATE = "gate"
+_APPROXIMATE = "approximate, by TextBlob's lexicon"
 
 
 @dataclass(frozen=True)
@@ -18,10 +19,12 @@ class Verdicts:
     Attributes:
         num_judged: Captions that were judged, each once.
         num_failed: Those whose first answer failed.
-        num_mended: Of these, those that have an answer that passes.
+        num_mended: Of these, those that were asked for again and have an answer that passes.
         num_asked: Answers that were asked for after the first ones.
         first: The failures of the first answers.
         left: The failures of the answers that were kept.
+        unanswered: Requests for another answer that brought none, by reason.
+        approximate: Whether captions were judged by TextBlob's lexicon.
     """
 
     num_judged: int = 0
@@ -30,6 +33,8 @@ class Verdicts:
     num_asked: int = 0
     first: dict[str, int] = field(default_factory=dict)
     left: dict[str, int] = field(default_factory=dict)
+    unanswered: dict[str, int] = field(default_factory=dict)
+    approximate: bool = False
 
     @classmethod
     def of(cls, rows: Iterable[Mapping[str, Any]]) -> "Verdicts":
@@ -39,7 +44,7 @@ class Verdicts:
         return cls(
             num_judged=len(judged),
             num_failed=len(failed),
-            num_mended=sum(not row[GATE] for row in failed),
+            num_mended=sum(not row[GATE] and row["kept_attempt"] > 1 for row in failed),
             num_asked=sum(row["num_attempts"] - 1 for row in judged),
             first=_tally(row["gate_first"] for row in judged),
             left=_tally(row[GATE] for row in judged),
@@ -68,6 +73,8 @@ class Verdicts:
             self.num_asked + other.num_asked,
             _sum(self.first, other.first),
             _sum(self.left, other.left),
+            _sum(self.unanswered, other.unanswered),
+            self.approximate or other.approximate,
         )
 
     @property
@@ -79,12 +86,16 @@ class Verdicts:
         """Say what became of the captions; empty if none was judged."""
         if not self.num_judged:
             return ""
+        how = f"; {_APPROXIMATE}" if self.approximate else ""
         if not self.num_failed:
-            return f"gate: all of {self.num_judged:,} passed"
+            return f"gate: all of {self.num_judged:,} passed{how}"
         again = f"{self.num_mended:,} passed when asked again, " if self.num_asked else ""
         return (
             f"gate: {self.num_failed:,} of {self.num_judged:,} failed ({_shown(self.first)}), {again}"
-            f"{self.num_failing:,} still failing" + (f" ({_shown(self.left)})" if self.left else "")
+            f"{self.num_failing:,} still failing"
+            + (f" ({_shown(self.left)})" if self.left else "")
+            + (f"; asked without an answer ({_shown(self.unanswered)})" if self.unanswered else "")
+            + how
         )
 
 

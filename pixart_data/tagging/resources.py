@@ -43,10 +43,8 @@ DIGESTS = {
 _SETS = frozenset({CLASSES, COLLOCATIONS, SENT_STARTERS, ABBREV_TYPES})
 _PACKAGES = {"averaged_perceptron_tagger_eng": TAGGER, "punkt_tab": PUNKT}
 _CONNECT_TIMEOUT_S = 5.0
-_REMEDY = (
-    "run `pixart stats --download-nltk`, or set NLTK_DATA to a folder that holds them, "
-    "or pass --approximate for figures of TextBlob's lexicon"
-)
+_REMEDY = "run `pixart stats --download-nltk`, or set NLTK_DATA to a folder that holds them"
+_OTHERWISE = "or pass --approximate for figures of TextBlob's lexicon"
 
 
 @dataclass(frozen=True)
@@ -91,11 +89,12 @@ def digest(name: str, content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def find_resources(download: bool = False) -> Resources:
+def find_resources(download: bool = False, otherwise: str = _OTHERWISE) -> Resources:
     """Read the data files from where NLTK finds them.
 
     Args:
         download: Let NLTK download missing ones first, as `nltk.download` does, to its usual folder.
+        otherwise: How the command that needs them does without, for the complaint.
 
     Raises:
         ConfigError: If files are missing on this machine.
@@ -107,7 +106,7 @@ def find_resources(download: bool = False) -> Resources:
         remarks += [f"download failed: {failure}"] if failure else []
     missing = [name for name in DIGESTS if name not in contents]
     if missing:
-        raise ConfigError(_complaint(missing, remarks))
+        raise ConfigError(_complaint(missing, remarks, otherwise))
     return Resources(contents)
 
 
@@ -120,14 +119,14 @@ def damaged(why: object) -> DataError:
     )
 
 
-def _complaint(missing: list[str], remarks: list[str]) -> str:
+def _complaint(missing: list[str], remarks: list[str], otherwise: str) -> str:
     import nltk.data
 
     why = "".join(f"; {remark}" for remark in dict.fromkeys(remarks))
     head = (
         f"noun tagger: expected NLTK's data files, found {len(missing)} of {len(DIGESTS)} missing on "
-        f"{socket.gethostname()} (looked in {', '.join(map(str, nltk.data.path)) or 'no folder'}{why}); {_REMEDY}; "
-        "missing are"
+        f"{socket.gethostname()} (looked in {', '.join(map(str, nltk.data.path)) or 'no folder'}{why}); {_REMEDY}, "
+        f"{otherwise}; missing are"
     )
     return "\n  ".join([head, *(f"{name}, sha256{_of_what(name)} {DIGESTS[name]}" for name in missing)])
 

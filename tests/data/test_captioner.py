@@ -290,12 +290,32 @@ def test_answers_asked_for_again_are_drawn_each_from_its_own_seed(captioner, ima
     for place in range(4):
         alone = captioner({name: column[place : place + 1] for name, column in batch.items()})["answers"]
         assert alone == together[place : place + 1]
-    monkeypatch.setattr(captioner._describe, "limit", 1)
+    monkeypatch.setattr(captioner._describe_again, "limit", 1)
     assert captioner(batch)["answers"] == together
+    monkeypatch.setattr(captioner.model.generation_config, "num_beams", 3)  # as some models come
+    assert captioner(batch)["answers"] == together
+    monkeypatch.setattr(captioner.model.generation_config, "num_beams", 1)
     other = captioner({**batch, "seed": [30, 40, 50, 60]})["answers"]
     assert [one == two for one, two in zip(together, other, strict=True)] == [False, False, False, True]
     plain = captioner({name: column for name, column in batch.items() if name != "decoding"})["answers"]
     assert plain[3] == together[3]  # greedy as before
+
+
+def test_longer_answers_that_do_not_fit_into_memory_halve_their_own_batches_only(miniatures, images, monkeypatch):
+    llava = Captioner(Section(model=miniatures["llava"], max_new_tokens=4))
+    generate, sizes = llava.model.generate, []
+
+    def short_only(**inputs):
+        if inputs["max_new_tokens"] > 4 and len(inputs["input_ids"]) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        sizes.append(len(inputs["input_ids"]))
+        return generate(**inputs)
+
+    monkeypatch.setattr(llava.model, "generate", short_only)
+    batch = {"image": images[:2], "raw_caption": [None] * 2, "seed": [1, 2]}
+    llava(batch | {"decoding": [Decoding(0.5, 0.9, 6)] * 2})
+    llava(batch)
+    assert sizes == [1, 1, 2]
 
 
 def test_a_batch_that_does_not_fit_into_memory_is_halved(llava, images, monkeypatch):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pydantic import ValidationError
 
 from pixart_data.errors import ConfigError
 from pixart_data.gates import FAILURES, CaptionGate, failures
@@ -150,6 +151,22 @@ def test_nothing_is_judged_as_nothing(gate):
     assert gate.judge([], [], []) == []
 
 
+def test_a_gate_keeps_nothing_of_what_it_judged():
+    """Not even how sentences begin, which only a report asks for: it would grow with every caption."""
+    gate = CaptionGate(Gate(), "textblob")
+    gate.judge([GOOD], [PAPER], ["stop"])
+    _, inspector = gate._opened
+    assert inspector.take_openers().counts == {}
+    assert gate.tagger.startswith("textblob ")
+
+
+@pytest.mark.parametrize("limit", ["max_repeated", "max_distinct_pairs", "max_boilerplate"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_limits_are_numbers(limit, value):
+    with pytest.raises(ValidationError, match="finite number"):
+        Gate(**{limit: value})
+
+
 def test_threads_share_a_gate(gate):
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda i: gate.judge([GOOD, f"{GOOD} word{i} word"], [None] * 2, [None] * 2), range(40)))
@@ -160,8 +177,10 @@ def test_the_engine_is_opened_by_the_first_caption(monkeypatch, tmp_path):
     monkeypatch.setattr("nltk.data.path", [str(tmp_path)])
     monkeypatch.setenv("NLTK_DATA", str(tmp_path))
     gate = CaptionGate(Gate(), "nltk")
-    with pytest.raises(ConfigError, match="download-nltk"):
+    with pytest.raises(ConfigError, match="download-nltk") as error:
         gate.judge([GOOD], [None], [None])
+    assert "or set gate.approximate = true" in str(error.value)
+    assert "--approximate" not in str(error.value)
 
 
 @pytest.mark.parametrize(("name", "least", "most"), [("llava_coco", 0.98, 1.0), ("vlm_other", 0.45, 0.6)])

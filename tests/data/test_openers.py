@@ -77,6 +77,26 @@ def test_where_memory_ends_the_bound_holds(seed, monkeypatch):
     assert max(exact[opener] for opener in left_out) <= shown["missed_at_most"]
 
 
+def test_a_cut_is_held_against_the_largest_count_that_it_drops(monkeypatch):
+    """In a worker, before anything is taken: what is dropped may come back and be counted from nothing."""
+    monkeypatch.setattr(openers, "_MAX_ROWS", 4)
+    counter = OpenerCounter(vocabulary := Vocabulary())
+
+    def add(**counts):
+        words = [word for word, count in counts.items() for _ in range(count)]
+        counter.add(block_of([[(word, "NN", True)] for word in words], vocabulary)[0])
+
+    add(a=9, b=8, c=3, d=2, e=1, f=1, g=1, h=1)
+    assert counter._missed == 0  # 8 openers are not too many yet
+    add(i=1)
+    assert counter._missed == 3  # a and b are kept, of the others c has most
+    add(c=4, j=1, k=1)
+    add(l=1, m=1, n=1, o=1)
+    found = counter.take()
+    assert found.counts == {"a": 9, "b": 8}
+    assert found.missed_at_most == 3 + 4  # c: 7 of 7
+
+
 def test_merging_adds_up_and_json_holds_it():
     total = Openers([("the image", 3), ("a", 1)])
     total.merge(Openers([("the image", 2), ("b", 1)], 4))

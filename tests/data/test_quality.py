@@ -32,9 +32,17 @@ def measure(engine):
 
     def rows(captions, prompts=None, finish_reasons=None):
         texts = pa.array(captions, pa.string())
-        return Inspector(engine.vocabulary).measure(engine.tag(texts), texts, prompts, finish_reasons).to_pylist()
+        return Inspector(engine.vocabulary).measure(engine.tag(texts), prompts, finish_reasons).to_pylist()
 
     return rows
+
+
+def test_openers_are_counted_where_they_are_wanted(engine):
+    block = engine.tag(pa.array(["The cat sits here. It sleeps."]))
+    for wanted, found in ((True, {"the cat sits": 1, "it sleeps .": 1}), (False, {})):
+        inspector = Inspector(engine.vocabulary, with_openers=wanted)
+        inspector.measure(block)
+        assert inspector.take_openers().counts == found
 
 
 def rounded(row):
@@ -213,7 +221,7 @@ def batches(seed, count):
             for _ in range(draw.randrange(40))
         ]
         prompts = pa.array([draw.choice([None, "the image features a red dog"]) for _ in captions], pa.string())
-        measures = inspector.measure(block_of(captions, vocabulary)[0], None, prompts)
+        measures = inspector.measure(block_of(captions, vocabulary)[0], prompts)
         yield measures, failures(measures, Gate()), inspector.take_openers()
 
 

@@ -100,6 +100,32 @@ def test_an_answer_asked_for_again_is_asked_with_other_decoding(server, connect)
     assert [body.get("frequency_penalty") for body in bodies] == [None, 0.3]
 
 
+def test_a_server_without_room_for_a_longer_answer_is_asked_for_one_of_the_first_length(server, connect):
+    engine = connect(server)
+
+    def usual(handler, request):
+        if request.body["max_tokens"] > room:
+            status(400, "too many tokens")(handler, request)
+        else:
+            handler.say(200, completion("A house.", 90, 4))
+
+    server.usual = usual
+    batch = {"image": [engine.prepare(picture())], "raw_caption": [None], "seed": [1]}
+    for room, expected in ((20, [14]), (10, [14, 9])):
+        server.requests.clear()
+        [found] = engine(batch | {"decoding": [Decoding(0.5, 0.9, 14, 0.3)]})["answers"]
+        assert found["caption"].text == "A house."
+        assert [request.body["max_tokens"] for request in server.of_rows] == expected
+        assert {(request.body["temperature"], request.body["frequency_penalty"]) for request in server.of_rows} == {
+            (0.5, 0.3)
+        }
+    room = 8
+    server.requests.clear()
+    [found] = engine(batch | {"decoding": [Decoding(0.5, 0.9, 9)]})["answers"]
+    assert found["caption"].reason == "refused"
+    assert len(server.of_rows) == 1  # it is no shorter than the first answer
+
+
 def test_a_picture_travels_as_a_jpeg_of_the_size_asked_for(server, connect):
     engine = connect(server, max_side_px=100, jpeg_quality=80)
     for size in ((400, 200), (30, 90), (5000, 20)):

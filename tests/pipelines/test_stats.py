@@ -39,15 +39,23 @@ DENSE = [
 ]
 
 
+class Figure:
+    """In place of a figure: those of a report take longer to draw than all else here."""
+
+    def png(self, source):
+        return b"\x89PNG " + source.encode()
+
+
 @pytest.fixture
-def drawn():
-    """For tests that look at the page and the figures, which take longer to draw than all else."""
+def page():
+    """For tests that look at the page; it has no figures."""
 
 
 @pytest.fixture
 def _undrawn(request, monkeypatch):
-    if "drawn" not in request.fixturenames:
-        monkeypatch.setattr("pixart_data.plots.figures", lambda corpora: {})
+    monkeypatch.setattr("pixart_data.plots.figures", lambda corpora: {"ranks": Figure()})
+    monkeypatch.setattr("pixart_data.reports.figures", lambda corpora: {})
+    if "page" not in request.fixturenames:
         monkeypatch.setattr("pixart_data.reports.html_page", lambda corpora, gallery=(): f"{len(corpora)} sets")
 
 
@@ -377,16 +385,16 @@ def test_a_small_set_is_measured_whole_beside_a_large_one(tmp_path, miniatures, 
     assert 50 < found["large"].lengths["num_captions"] < 150
 
 
-def test_the_gallery_shows_pictures_with_both_captions(tmp_path, pictures, drawn):
+def test_the_gallery_shows_pictures_with_both_captions(tmp_path, pictures, page):
     keys = [f"pictures/{path.stem}" for path in sorted(pictures.glob("*.jpg"))][:3]
     path = table(
         tmp_path / "captions.parquet", key=keys, caption=DENSE[:3], raw_caption=["a dog", None, "a train & a station"]
     )
     made = job(tmp_path, one(path), gallery={"source": {"paths": [str(pictures)]}, "num_pictures": 5})
     do(made)
-    page = (tmp_path / "report/report.html").read_text()
-    assert page.count("data:image/jpeg") == 2
-    assert "a train &amp; a station" in page
+    source = (tmp_path / "report/report.html").read_text()
+    assert source.count("data:image/jpeg") == 2
+    assert "a train &amp; a station" in source
     assert parts(made)["one--captions", "drawn"].num_rows == 2
     before = commits(made)
     other = job(tmp_path, one(path), gallery={"source": {"paths": [str(pictures)]}, "num_pictures": 1, "seed": 3})
@@ -436,7 +444,7 @@ def test_the_report_is_written_anew_where_other_lemmas_are_found(tmp_path, monke
     assert commits(made) == before
 
 
-def test_a_report_is_sealed_and_damage_to_it_found(tmp_path, drawn):
+def test_a_report_is_sealed_and_damage_to_it_found(tmp_path):
     made = job(tmp_path, one(table(tmp_path / "captions.parquet", caption=DENSE)))
     do(made)
     root = tmp_path / "report"
