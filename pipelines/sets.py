@@ -1,6 +1,7 @@
 """The sets of captions of a `stats` job: their units of work, and which set is compared with which."""
 
 import difflib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -8,10 +9,12 @@ from pipelines.config import CaptionSet, Stats
 from pixart_data.captions import CaptionFile
 from pixart_data.columns import TEXT
 from pixart_data.errors import ConfigError, DataError
-from pixart_data.inputs import Kinds, find_captions, look_at, num_rows, require_text
+from pixart_data.inputs import Kinds, find_captions, holds_none, look_at, num_rows, require_text
 from pixart_data.units import encode_name
 
 RAW = "-raw"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,10 @@ def _add(sets: Sets, job: Stats, caption_set: CaptionSet) -> None:
         return
     raw = caption_set.raw_column
     if not raw or raw == column or not _has_column(raw, files, tables):
+        sets.units += _units(name, files, column)
+        return
+    if holds_none(files, raw):  # as in SA-1B, whose images came without: no set of nothing but rejected rows
+        log.info("%s: column '%s' is empty, so that its captions are compared with none", name, raw)
         sets.units += _units(name, files, column)
         return
     named = [other.name for other in job.sets if _is_raw_of(other, caption_set)]

@@ -5,6 +5,7 @@ import glob
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from pixart_data.captions import (
 )
 from pixart_data.columns import TEXT, is_text
 from pixart_data.errors import ConfigError, DataError
-from pixart_data.storage import local_copy, location, matching
+from pixart_data.storage import is_remote, local_copy, location, matching
 from pixart_data.units import encode_name
 
 SUFFIXES = (*TABLES, TEXT)
@@ -190,6 +191,25 @@ def _kinds(path: str) -> Kinds | None:
     if first is None:
         return None
     return {name: "text" if isinstance(v, str | None) else type(v).__name__ for name, v in first.items()}
+
+
+def holds_none(files: Sequence[CaptionFile], column: str) -> bool:
+    """Tell whether a column is null in every row, as far as the statistics of Parquet files on disks say so."""
+    for path in dict.fromkeys(file.path for file in files):
+        if is_remote(location(path)) or not path.endswith(".parquet"):
+            return False
+        with open_parquet(location(path)) as table:
+            groups = (table.metadata.row_group(number) for number in range(table.metadata.num_row_groups))
+            if not all(_is_null(group, column) for group in groups):
+                return False
+    return True
+
+
+def _is_null(group: Any, column: str) -> bool:
+    leaves = (group.column(number) for number in range(group.num_columns))  # of nested columns there are several
+    leaf = next((leaf for leaf in leaves if leaf.path_in_schema == column), None)
+    known = leaf is not None and leaf.statistics is not None and leaf.statistics.has_null_count
+    return bool(known and leaf.statistics.null_count == group.num_rows)
 
 
 def num_rows(file: CaptionFile) -> int:

@@ -219,6 +219,7 @@ def test_raw_captions_are_left_out_on_request_and_where_there_are_none(tmp_path)
     bare = table(tmp_path / "bare.parquet", caption=DENSE, raw_caption=pa.nulls(4, pa.string()))
     found = do(job(tmp_path, one(bare, "bare"), output=str(tmp_path / "bare")))
     assert (list(found), found["bare"].gained_over) == (["bare"], None)
+    assert {unit.set_name for unit in find_sets(job(tmp_path, one(bare, "bare"))).units} == {"bare"}
 
 
 def test_raw_captions_beside_several_columns_are_one_set(tmp_path):
