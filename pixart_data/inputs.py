@@ -208,8 +208,8 @@ def holds_none(files: Sequence[CaptionFile], column: str) -> bool:
 def _is_null(group: Any, column: str) -> bool:
     leaves = (group.column(number) for number in range(group.num_columns))  # of nested columns there are several
     leaf = next((leaf for leaf in leaves if leaf.path_in_schema == column), None)
-    known = leaf is not None and leaf.statistics is not None and leaf.statistics.has_null_count
-    return bool(known and leaf.statistics.null_count == group.num_rows)
+    statistics = leaf.statistics if leaf is not None else None
+    return statistics is not None and statistics.has_null_count and statistics.null_count == group.num_rows
 
 
 def num_rows(file: CaptionFile) -> int:
