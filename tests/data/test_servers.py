@@ -104,14 +104,14 @@ def test_a_server_without_room_for_a_longer_answer_is_asked_for_one_of_the_first
     engine = connect(server)
 
     def usual(handler, request):
-        if request.body["max_tokens"] > room:
+        if request.body["max_tokens"] > usual.room:
             status(400, "too many tokens")(handler, request)
         else:
             handler.say(200, completion("A house.", 90, 4))
 
     server.usual = usual
     batch = {"image": [engine.prepare(picture())], "raw_caption": [None], "seed": [1]}
-    for room, expected in ((20, [14]), (10, [14, 9])):
+    for usual.room, expected in ((20, [14]), (10, [14, 9])):
         server.requests.clear()
         [found] = engine(batch | {"decoding": [Decoding(0.5, 0.9, 14, 0.3)]})["answers"]
         assert found["caption"].text == "A house."
@@ -119,7 +119,7 @@ def test_a_server_without_room_for_a_longer_answer_is_asked_for_one_of_the_first
         assert {(request.body["temperature"], request.body["frequency_penalty"]) for request in server.of_rows} == {
             (0.5, 0.3)
         }
-    room = 8
+    usual.room = 8
     server.requests.clear()
     [found] = engine(batch | {"decoding": [Decoding(0.5, 0.9, 9)]})["answers"]
     assert found["caption"].reason == "refused"
