@@ -357,5 +357,7 @@ class Pool:
 def _last_line(error: BaseException) -> str:
     if isinstance(error, OutOfMemoryError):  # its last line is advice on settings of Ray that are not used here
         return "memory ran out on its machine, and Ray killed it"
+    if isinstance(error, RayTaskError) and isinstance(error.cause, PixArtError):
+        return str(error.cause)  # made to be read, and without the name of its class
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1][:300] if lines else type(error).__name__

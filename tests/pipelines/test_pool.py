@@ -80,6 +80,9 @@ class FakeStage:
         except OSError as error:
             raise DataError("/in/a.tar: cannot be read: Stale file handle") from error
 
+    def damaged(self, unit, report):
+        raise DataError("/in/a.parquet: cannot be read; write it again")
+
     def exit(self, unit, report):
         os._exit(7)
 
@@ -183,13 +186,14 @@ def test_every_unit_is_done_once_by_workers_that_load_once(tmp_path, tasks):
 def test_a_unit_that_keeps_failing_is_set_aside_and_the_others_finish(tmp_path, tasks):
     watch = Silent()
     pool = make_pool(FakeStage, TWO, 2, watch)
-    records = records_of(pool, tasks("fail", "", "odd", "", ""))
+    records = records_of(pool, tasks("fail", "", "odd", "", "", "damaged"))
     assert sorted((unit, attempt, final) for unit, attempt, _, final in watch.failures) == [
-        *(("u0", 1, False), ("u0", 2, True), ("u2", 1, False), ("u2", 2, True)),
+        *(("u0", 1, False), ("u0", 2, True), ("u2", 1, False), ("u2", 2, True), ("u5", 1, False), ("u5", 2, True)),
     ]
     assert sorted(record.unit for record in records) == ["u1", "u3", "u4"]
-    assert pool.failed.keys() == {"u0", "u2"}
+    assert pool.failed.keys() == {"u0", "u2", "u5"}
     assert pool.failed["u0"].endswith("u0 is broken")
+    assert pool.failed["u5"] == "/in/a.parquet: cannot be read; write it again"
     assert "one and two" in pool.failed["u2"]
     assert (attempts(tmp_path, "u0"), attempts(tmp_path, "u2")) == (2, 2)
 
