@@ -8,16 +8,17 @@ both kinds. NLTK is `pos_tag(word_tokenize(caption))` in a loop, with a Counter 
 measured by its CPU time:
 
     nltk    all captions once
-    cold    ours, with an engine that has just been opened and knows no words but those of its proof. That it was
-            compiled before is not in the time, but shown
+    cold    ours, with an engine that has just been opened: it has met the captions of its proof, and no others. That
+            it was compiled before is not in the time, but shown
     warm    ours, with the captions that the engine has met: passes for half a second at least
 
 A ratio is the median of the ratios inside each round; the exit code is 1 if a limit is missed.
 
 Then, in processes of their own: the time of the first start on a machine, which compiles, and of a later one, with the
-memory that each stage takes; two processes at once against one; captions read from Parquet, with and without counting;
-and the peak memory of counting a stream of captions whose words are spread by Zipf's law, a million captions a unit,
-and of merging the units as `pixart stats` does it.
+memory that each stage takes; two processes at once against one; captions read from Parquet, with and without counting,
+drawn from the same few, so that the rate is a warm one; and the peak memory of counting a stream of captions whose
+words are spread by Zipf's law, a million captions a unit, and of merging the units as `pixart stats` does it. Its limit
+is one for 10 million captions, and is judged at that number alone.
 
 NLTK's data files must be where NLTK finds them: set NLTK_DATA, if they are not in `../shared/nltk_data`.
 """
@@ -43,11 +44,14 @@ from benchmarks import counting
 from benchmarks.corpora import ALT_TEXT, DENSE, SHARED, load
 from benchmarks.read_shards import machine
 from pixart_data.errors import PixArtError
+from pixart_data.tagging.proof import CAPTIONS as PROOF
 
 LIMITS = {(DENSE, "warm"): 250, (DENSE, "cold"): 20, (ALT_TEXT, "warm"): 100, (ALT_TEXT, "cold"): 10}
 """At least so many times as fast as NLTK."""
 
-ZIPF_LIMIT_BYTES = 2_000_000_000
+ZIPF_LIMIT_BYTES, ZIPF_LIMIT_CAPTIONS = 2_000_000_000, 10_000_000
+"""Counting so many captions takes less memory than that; of fewer captions it would say nothing."""
+
 ZIPF_CAPTIONS = 2_000_000
 
 _WARM_S = 0.5
@@ -102,12 +106,14 @@ def table(found: dict[str, tuple[Rates, int, int]]) -> str:
     for name, (rates, num_captions, num_tokens) in found.items():
         for way, values in rates.items():
             rate = statistics.median(values)
-            line = f"{f'{name}, {way}':<24}{rate:>12,.0f}{rate * num_tokens / num_captions / 1e6:>11.3f}"
+            label = f"{name}, {way}{'*' * (way == 'cold')}"
+            line = f"{label:<24}{rate:>12,.0f}{rate * num_tokens / num_captions / 1e6:>11.3f}"
             if way != "nltk":
                 median, lowest, highest = ratio(rates, way)
                 verdict = "PASS" if median >= LIMITS[name, way] else "MISSED"
                 line += f"{LIMITS[name, way]:>10}{f'{median:.1f} ({lowest:.1f}..{highest:.1f}) {verdict:<6}':>28}"
             lines.append(line.rstrip())
+    lines.append(f"* an engine that has met the {len(PROOF)} captions of its proof, and no others")
     return "\n".join(lines)
 
 
@@ -185,33 +191,49 @@ def scaling(seconds: float) -> str:
 def reading(num_captions: int) -> str:
     """Show captions per CPU-second from Parquet, read alone and read and counted."""
     with tempfile.TemporaryDirectory() as folder:
-        found = run("read", folder, str(num_captions))
+        return reading_line(run("read", folder, str(num_captions)))
+
+
+def reading_line(found: dict[str, Any]) -> str:
+    """Return what reading took as text, with what kind of captions it was."""
     alone, counted = (found[way]["num_captions"] / found[way]["cpu_s"] for way in ("read", "counted"))
     return (
-        f"{found['read']['num_captions']:,} dense captions from Parquet, {found['size_bytes'] / 1e6:,.0f} MB: reading "
+        f"{found['read']['num_captions']:,} captions from Parquet, {found['size_bytes'] / 1e6:,.0f} MB, "
+        f"{1 - found['share_alt_text']:.0%} dense and {found['share_alt_text']:.0%} alt-texts, drawn with repetition: "
+        f"{found['num_distinct']:,} different ones, so most have been met before, and the rate is a warm one: reading "
         f"alone {alone:,.0f} captions per CPU-second, reading and counting {counted:,.0f}"
     )
 
 
-def memory(num_captions: int) -> tuple[str, dict[str, Any]]:
-    """Show what counting a stream of captions takes."""
+def memory(num_captions: int) -> tuple[str, bool, dict[str, Any]]:
+    """Show what counting a stream of captions takes; tell whether the limit is missed."""
     with tempfile.TemporaryDirectory() as folder:
         found = run("zipf", folder, str(num_captions))
-    verdict = "PASS" if found["peak_bytes"] < ZIPF_LIMIT_BYTES else "MISSED"
-    text = (
-        f"{num_captions:,} captions of {found['num_words']:,} distinct words: peak {found['peak_bytes'] / 1e9:.2f} GB "
-        f"(at most {ZIPF_LIMIT_BYTES / 1e9:g}) {verdict}, to which merging adds {found['merging_bytes'] / 1e9:.2f}; "
-        f"{found['rate']:,.0f} captions per CPU-second, merging {found['merge_s']:.0f} s, "
-        f"{found['num_rows']:,} rows"
+    return memory_line(num_captions, found), memory_verdict(num_captions, found["peak_bytes"]) == "MISSED", found
+
+
+def memory_verdict(num_captions: int, peak_bytes: int) -> str:
+    """Judge a peak, at the number of captions that the limit is for."""
+    if num_captions != ZIPF_LIMIT_CAPTIONS:
+        return "not judged at this size"
+    return "PASS" if peak_bytes < ZIPF_LIMIT_BYTES else "MISSED"
+
+
+def memory_line(num_captions: int, found: dict[str, Any]) -> str:
+    """Return what counting a stream of captions took as text."""
+    return (
+        f"{num_captions:,} captions of {found['num_words']:,} distinct words: peak {found['peak_bytes'] / 1e9:.2f} GB, "
+        f"{found['merging_bytes'] / 1e9:.2f} of it for merging (below {ZIPF_LIMIT_BYTES / 1e9:g} for "
+        f"{ZIPF_LIMIT_CAPTIONS:,}): {memory_verdict(num_captions, found['peak_bytes'])}; "
+        f"{found['rate']:,.0f} captions per CPU-second, merging {found['merge_s']:.0f} s, {found['num_rows']:,} rows"
     )
-    return text, found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, and return 1 if a limit was missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--zipf-captions", type=int, default=ZIPF_CAPTIONS, help="the limit is meant for 10 million")
+    parser.add_argument("--zipf-captions", type=int, default=ZIPF_CAPTIONS, help="its limit is for 10000000")
     parser.add_argument("--json", type=Path, help="write all figures there")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
@@ -231,12 +253,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for show in (starts, lambda: scaling(5.0), lambda: reading(200_000)):
         sys.stdout.write(f"{show()}\n")
         sys.stdout.flush()
-    text, peak = memory(options.zipf_captions)
+    text, too_much, peak = memory(options.zipf_captions)
     sys.stdout.write(f"{text}\n")
     if options.json:
         rates_of = {name: rates for name, (rates, _, _) in found.items()}
         options.json.write_text(json.dumps({"machine": machine(), "rates": rates_of, "memory": peak}, indent=1))
-    return int(missed(found) or peak["peak_bytes"] >= ZIPF_LIMIT_BYTES)
+    return int(missed(found) or too_much)
 
 
 if __name__ == "__main__":

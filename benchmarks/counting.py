@@ -33,6 +33,7 @@ T = TypeVar("T")
 _BLOCK = 16_384
 _UNIT = 1_000_000
 _ZIPF_WORDS = 4_000_000
+_ALT_TEXT_EVERY = 10
 
 
 class Ours:
@@ -108,10 +109,10 @@ def show_pass(seconds: float) -> None:
 
 
 def show_reading(folder: Path, num_captions: int) -> None:
-    """Read dense captions from Parquet, with and without counting them; every tenth is an alt-text, for new words."""
+    """Read captions from Parquet, with and without counting them: those at hand, drawn with repetition."""
     corpora = {name: captions.to_pylist() for name, captions in load().items()}
     chance = random.Random(0)
-    texts = [chance.choice(corpora[ALT_TEXT if i % 10 == 0 else DENSE]) for i in range(num_captions)]
+    texts = [chance.choice(corpora[ALT_TEXT if i % _ALT_TEXT_EVERY == 0 else DENSE]) for i in range(num_captions)]
     path = folder / "captions.parquet"
     # The same captions recur: a dictionary, or a codec that looks far back, would store and read each but once.
     pq.write_table(
@@ -122,7 +123,7 @@ def show_reading(folder: Path, num_captions: int) -> None:
     for name, use in (("read", len), ("counted", ours.add)):
         count, took_s = timed(partial(_read, path, use))
         found[name] = {"num_captions": count, "cpu_s": took_s}
-    _say(size_bytes=path.stat().st_size, **found)
+    _say(size_bytes=path.stat().st_size, share_alt_text=1 / _ALT_TEXT_EVERY, num_distinct=len(set(texts)), **found)
 
 
 def _read(path: Path, use: Callable[[pa.Array], object]) -> int:

@@ -38,7 +38,13 @@ def _caption_given(args: argparse.Namespace) -> Given:
 
 
 def _stats_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("paths", nargs="*", help="a job file, or tables, text files or folders: PATH or NAME=PATH")
+    sub.epilog = "Example: pixart stats LLaVA=captions/ web=alt_texts.txt all='data/*.parquet' --out report/"
+    sub.add_argument(
+        "paths",
+        nargs="*",
+        help="a job file; or sets of captions, each as PATH or NAME=PATH: a Parquet or JSONL table (.parquet, .jsonl), "
+        "a caption a line (.txt), a folder of these, or a quoted pattern such as 'data/*.parquet'",
+    )
     sub.add_argument("--column", metavar="NAME", help="the column of tables given by hand (default: caption)")
     sub.add_argument("--out", help="folder for the report of tables given by hand (default: report)")
     sub.add_argument("--approximate", action="store_true", help="count without NLTK's data, by TextBlob's lexicon")
@@ -52,7 +58,7 @@ def _stats_given(args: argparse.Namespace) -> Given:
     if len(args.paths) == 1 and args.paths[0].endswith(".toml"):
         if args.column:
             raise ConfigError(
-                "--column: expected it with tables given by hand, found a job file; set sets.column there"
+                "--column: expected it with tables given by hand, found a job file; set `column` of its sets there"
             )
         return Path(args.paths[0]), {**flags, **_out(args)}
     sets = []

@@ -58,6 +58,11 @@ class LanguageSample:
         return Counter(code if (chance or 0.0) >= SURE else ENGLISH for code, chance in found if code is not None)
 
 
+def num_without(measures: pa.RecordBatch) -> int:
+    """Return how many rows have no caption: a null one, a blank one, or damage in its place."""
+    return int(measures["num_tokens"].null_count)
+
+
 @dataclass
 class Facts:
     """Sums over the captions of a unit, or of several.
@@ -90,7 +95,7 @@ class Facts:
             failed: What `gates.failures` says of them.
         """
         self.totals.add(measures, failed)
-        self._add_rejections(rows)
+        self._add_rejections(rows, measures)
         if "beside" in rows.more:
             self._add_pairs(measures, rows.more["beside"])
         self.problem = self.problem or rows.problem
@@ -101,9 +106,8 @@ class Facts:
             self.frames = self.frames or FrameCounter(resolution_px)
             self.frames.add(rows.more["width_px"], rows.more["height_px"])
 
-    def _add_rejections(self, rows: Rows) -> None:
-        absent = pc.is_null(rows.captions)
-        num_absent = pc.sum(absent).as_py() or 0
+    def _add_rejections(self, rows: Rows, measures: pa.RecordBatch) -> None:
+        absent, num_absent = pc.is_null(measures["num_tokens"]), num_without(measures)
         if rows.num_bad:
             self.rejections[Reason.BAD_ROW] += rows.num_bad
         if "error" in rows.more and not rows.num_bad:

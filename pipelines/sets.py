@@ -112,9 +112,9 @@ def no_captions(units: Sequence[CountUnit], found: str) -> str:
 
 def _add(sets: Sets, job: Stats, caption_set: CaptionSet) -> None:
     name, column = caption_set.name, caption_set.column
-    files = find_captions(caption_set.path, f"sets.{name}.path")
+    files = find_captions(caption_set.path, f"the set '{name}'")
     tables = look_at(files)
-    require_text(tables, f"sets.{name}.column", column)
+    require_text(tables, name, column)
     if not any(num_rows(file) for file in files):
         raise DataError(no_captions(list(_units(name, files, column)), "no rows"))
     dense = next((other for other in job.sets if _is_raw_of(caption_set, other)), None)

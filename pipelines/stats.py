@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from pipelines.config import MOST_PICTURES, Stats
 from pipelines.driver import Account, Plan, Run, execute, make_plan
-from pipelines.facts import Facts, LanguageSample
+from pipelines.facts import Facts, LanguageSample, num_without
 from pipelines.findings import (
     COUNTS,
     DRAWN,
@@ -47,7 +47,7 @@ from pixart_data.tagging.resources import find_resources
 __all__ = ["HTML_FILE", "JSON_FILE", "plan", "read_stats", "run"]
 
 STAGE = "stats"
-VERSION = 3
+VERSION = 4
 """Of what a unit's files and record hold; units of another one are redone."""
 
 _SIZES = (("width_px", "width"), ("height_px", "height"))
@@ -106,7 +106,7 @@ class StatsStage:
                     self.lengths.add(rows.captions, rows.first, file)
                 drawn += self._draw(unit, rows)
                 rows_in += len(rows.captions)
-                rejected += _rejected(rows)
+                rejected += _rejected(rows, measures)
                 report(rows_in, rejected.total())
             files = [publish_table(self.counter.take().to_table(), self.root, self.root / COUNTS, unit.id)]
             files += [table.publish()] if table is not None else []
@@ -181,9 +181,9 @@ def lengths_of(job: Stats) -> Any:
     return LengthCounter(job.tokenizer, job.max_tokens, subfolder=job.tokenizer_subfolder)
 
 
-def _rejected(rows: Rows) -> Counter[str]:
-    """Count the rows without a caption; which of them the table itself rejected is among the facts."""
-    num_absent = rows.captions.null_count
+def _rejected(rows: Rows, measures: pa.RecordBatch) -> Counter[str]:
+    """Count the rows without a caption, null or blank; why the table itself rejected some is among the facts."""
+    num_absent = num_without(measures)
     return +Counter({str(Reason.NO_CAPTION): num_absent - rows.num_bad, str(Reason.BAD_ROW): rows.num_bad})
 
 
@@ -257,7 +257,9 @@ def run(job: Stats) -> list[tuple[Run, Account]]:
     """Do the job and write the report."""
     sets = find_sets(job)
     prepared = prepare(job, sets, download=job.download_nltk)
-    if make_plan(prepared).todo:
+    planned = make_plan(prepared)
+    tell_what_is_replaced(prepared, planned)
+    if planned.todo:
         _announce(prepared)
     account = execute(prepared, job, partial(write_findings, job, sets))
     for corpus in read_stats(job):
@@ -271,6 +273,17 @@ def run(job: Stats) -> list[tuple[Run, Account]]:
                 ", ".join(f"{code} {count}" for code, count in corpus.language["most"]),
             )
     return [(prepared, account)]
+
+
+def tell_what_is_replaced(prepared: Run, planned: Plan) -> None:
+    """Log it if the report that is there is of other captions, or of these under other names."""
+    if planned.others and (prepared.root / HTML_FILE).exists():
+        log.info(
+            "%s: %s holds a report of other captions or of other names, which this one replaces; to keep both, give "
+            "this one a folder of its own (--out)",
+            STAGE,
+            prepared.root,
+        )
 
 
 def _announce(prepared: Run) -> None:

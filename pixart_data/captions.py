@@ -77,7 +77,7 @@ def caption_files(
     """Return the units at `path` (a file, a folder, or the output directory of `caption`), in the order of their names.
 
     Args:
-        setting: The job file's key that holds the path, for messages.
+        setting: What holds the path, for messages: a job file's key, or words.
         suffixes: Of the files to read.
         cut: Cuts a file into units; `slices` if None.
 
@@ -93,12 +93,32 @@ def caption_files(
     elif exists(path) and path.suffix in suffixes:
         files = [(encode_name(path.stem), path)]
     elif path.exists():
-        raise ConfigError(f"{setting}: expected {', '.join(suffixes)} or a folder of them, found {path}")
+        raise ConfigError(
+            f"{setting}: expected {', '.join(suffixes)} or a folder of them, found {path}; {converted([path])}"
+        )
     else:
-        raise ConfigError(f"{setting}: no such file or folder: {path}; run `pixart caption` first, or check the path")
+        raise ConfigError(f"{setting}: no such file or folder: {path}; check the path, or run `pixart caption` first")
     if not files:
-        raise ConfigError(f"{setting}: {path} holds no {' or '.join(suffixes)} file; run `pixart caption` first")
+        remedy = converted(sorted(path.iterdir()))
+        raise ConfigError(f"{setting}: {path} holds no {' or '.join(suffixes)} file; {remedy}")
     return [unit for name, p in files for unit in (cut or slices)(name, p, ROWS_PER_UNIT)]
+
+
+def converted(paths: Sequence[Path]) -> str:
+    """Say how captions that cannot be read where they are can be: by the first of the files that is of a known kind."""
+    for path in paths:
+        if path.suffix in (".csv", ".tsv"):
+            options = ", parse_options=csv.ParseOptions(delimiter='\\t')" if path.suffix == ".tsv" else ""
+            return (
+                'convert it to Parquet first: python -c "from pyarrow import csv, parquet; '
+                f"parquet.write_table(csv.read_csv('{path}'{options}), '{path.with_suffix('.parquet')}')\""
+            )
+        if path.suffix == ".tar":
+            return (
+                "of tars of images, name the table of their captions: a .parquet file that came beside each, or what "
+                "`pixart caption` writes"
+            )
+    return "check the path, or run `pixart caption` first"
 
 
 def named_files(paths: Sequence[Path], root: Path) -> list[tuple[str, Path]]:

@@ -248,9 +248,10 @@ def _not_counted(corpus: Corpus) -> str:
     """Say which rows of a set are without a caption; empty if all have one."""
     num_damaged = corpus.rejections.get(Reason.BAD_ROW, 0)
     num_empty = corpus.stats.num_empty - num_damaged
-    kinds = [f"{num_empty:,} null or blank captions"] if num_empty else []
-    kinds += [f"{num_damaged:,} damaged rows"] if num_damaged else []
-    return f"{shortened(corpus.name)}: {' and '.join(kinds)} are not counted." if kinds else ""
+    kinds = [f"{num_empty:,} null or blank caption{'s' * (num_empty != 1)}"] if num_empty else []
+    kinds += [f"{num_damaged:,} damaged row{'s' * (num_damaged != 1)}"] if num_damaged else []
+    verb = "is" if corpus.stats.num_empty == 1 else "are"
+    return f"{shortened(corpus.name)}: {' and '.join(kinds)} {verb} not counted." if kinds else ""
 
 
 def to_json(corpora: Sequence[Corpus]) -> dict[str, Any]:

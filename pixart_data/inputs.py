@@ -14,6 +14,7 @@ from pixart_data.captions import (
     TABLES,
     CaptionFile,
     caption_files,
+    converted,
     count_captions,
     fingerprint,
     named_files,
@@ -33,14 +34,14 @@ Kinds = Mapping[str, str]
 """The columns of a table, each with `text` or the type of what it holds else."""
 
 
-def find_captions(path: str, setting: str) -> list[CaptionFile]:
+def find_captions(path: str, place: str) -> list[CaptionFile]:
     """Return the units at a path in the order of their names: a file, a folder, a table that `caption` made, or a glob.
 
     Of a folder, tables are read; text files only if it has no tables. Parquet is cut between row groups, so that none
     is decoded twice.
 
     Args:
-        setting: The job file's key that holds the path, for messages.
+        place: What the path was given for, for messages.
 
     Raises:
         ConfigError: If there is nothing to read.
@@ -48,31 +49,36 @@ def find_captions(path: str, setting: str) -> list[CaptionFile]:
     """
     whole = location(path)
     if glob.has_magic(path) and not whole.exists():
-        return list(_matching(path, setting))
-    return _files(whole, setting)
+        return list(_matching(path, place))
+    return _files(whole, place)
 
 
-def _files(path: Path, setting: str) -> list[CaptionFile]:
+def _files(path: Path, place: str) -> list[CaptionFile]:
     has_tables = path.is_dir() and any(p.suffix in TABLES for p in path.rglob("*"))
-    return caption_files(path, setting, TABLES if has_tables else SUFFIXES, _cut)
+    return caption_files(path, place, TABLES if has_tables else SUFFIXES, _cut)
 
 
-def _matching(path: str, setting: str) -> Iterator[CaptionFile]:
+def _matching(path: str, place: str) -> Iterator[CaptionFile]:
     """Yield the units of what matches a pattern, each under a name of its own."""
     parts = path.split("/")
     fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
     root = location("/".join(parts[:fixed]) or "/")
-    found = [p for p in matching(root, "/".join(parts[fixed:])) if p.is_dir() or p.suffix in SUFFIXES]
+    every = list(matching(root, "/".join(parts[fixed:])))
+    found = [p for p in every if p.is_dir() or p.suffix in SUFFIXES]
     if root in found:  # `**` alone
-        yield from _files(root, setting)
+        yield from _files(root, place)
         return
     folders = {p for p in found if p.is_dir()}
     found = [p for p in found if not folders.intersection(p.parents)]
     if not found:
-        raise ConfigError(f"{setting}: nothing matches {path}; check the pattern, and that no shell has changed it")
+        if every:
+            raise ConfigError(
+                f"{place}: expected {', '.join(SUFFIXES)} or folders of them, found {every[0]}; {converted(every)}"
+            )
+        raise ConfigError(f"{place}: nothing matches {path}; check the pattern, and that no shell has changed it")
     for name, p in named_files(found, root):
         if p in folders:
-            for file in _files(p, setting):
+            for file in _files(p, place):
                 yield CaptionFile(encode_name(f"{name}/{file.id}"), *_rest(file))
         else:
             yield from _cut(name, p, captions.ROWS_PER_UNIT)
@@ -155,16 +161,17 @@ def look_at(files: Sequence[CaptionFile]) -> dict[str, Kinds]:
     return {path: kinds for path, kinds in found.items() if kinds is not None}
 
 
-def require_text(tables: Mapping[str, Kinds], setting: str, column: str) -> None:
+def require_text(tables: Mapping[str, Kinds], name: str, column: str) -> None:
     """Check that every table has the column, and that it holds text.
 
     Args:
         tables: What `look_at` found.
+        name: Of the set that the tables are, for messages.
 
     Raises:
         ConfigError: If it is missing, naming the columns that there are, or holds something else.
     """
-    remedy = f"set {setting}, on a command line --column"
+    remedy = f"name another one with --column, in a job file as `column` of the set '{name}'"
     for path, kinds in tables.items():
         if column not in kinds:
             close = difflib.get_close_matches(column, kinds, n=1, cutoff=0.5)

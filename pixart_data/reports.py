@@ -168,7 +168,7 @@ def _pairs(corpora: Sequence[Corpus]) -> Iterator[str]:
         return
     yield "<h2>Raw against re-captioned</h2>"
     for dense, raw in pairs:
-        yield pair_table(dense, raw)
+        yield f"<h3>{label(dense.name)} against {label(raw.name)}</h3>{pair_table(dense, raw)}"
         if raw.name == f"{dense.name}-raw":  # how a set is called whose captions are in a column beside the others
             yield f"<p class=note>{label(raw.name)}: the captions that the same images came with.</p>"
         yield _gained(dense, raw, _GAINED if len(pairs) == 1 else _TOP_OF_MANY)
@@ -179,7 +179,7 @@ def _gained(dense: Corpus, raw: Corpus, num_nouns: int) -> str:
     if not dense.gained:
         return f"<p class=note>No noun is valid in {here} that is not in {there}.</p>"
     words = (
-        f"<h3>Gained nouns</h3><p class=note>{dense.num_gained:,} nouns are valid in {here} and not in {there}; "
+        f"<h4>Gained nouns</h4><p class=note>{dense.num_gained:,} nouns are valid in {here} and not in {there}; "
         f"{dense.num_lost:,} are the other way round. The most frequent of those gained, how often they occur, and in "
         "parentheses how often they did:</p>"
     )
@@ -339,11 +339,18 @@ def _by_count(counts: dict[str, int]) -> list[tuple[str, int]]:
 _STYLE = """
 main { max-width: 68rem; }
 h2 { border-top: 1px solid var(--line); padding-top: 1.5rem; break-after: avoid; }
-h3 { font-size: 1rem; margin: 1.25rem 0 .5rem; break-after: avoid; }
+h3, h4 { font-size: 1rem; margin: 1.25rem 0 .5rem; break-after: avoid; } h4 { font-size: .9rem; }
 caption { text-align: left; white-space: normal; color: var(--soft); font-size: .875rem; padding-bottom: .35rem; }
 td, th { padding: .4rem .6rem; } tbody th { font-weight: 400; text-align: left; white-space: normal;
   overflow-wrap: break-word; min-width: 6rem; }
-tr { background: var(--page); } .wide th:first-child { position: sticky; left: 0; background: inherit; }
+main { --tint: color-mix(in srgb, var(--ink) 4%, transparent); }
+.wide { background: linear-gradient(to left, var(--page) 45%, transparent) right / 3rem 100% no-repeat local,
+  linear-gradient(to left, color-mix(in srgb, var(--ink) 25%, transparent), transparent) right / 1.1rem 100%
+  no-repeat; }
+.wide th:first-child { position: sticky; left: 0; background: var(--page); }
+tr.own { background: var(--tint); }
+.wide .own th:first-child { background: linear-gradient(var(--tint), var(--tint)) var(--page); }
+.wide .group th:first-child { background: none; }
 caption span { position: sticky; left: 0; display: inline-block; max-width: calc(100vw - 2.5rem); }
 tbody .own th { font-weight: 650; }
 .group th { color: var(--soft); font-size: .8rem; font-weight: 650; padding-top: .9rem; }
@@ -367,10 +374,11 @@ tbody .own th { font-weight: 650; }
   .top .track { display: none; }
 }
 @media print {
-  body { font-size: 10pt; } main { max-width: none; padding: 0; } .wide { overflow: visible; break-inside: avoid; }
+  body { font-size: 10pt; } main { max-width: none; padding: 0; } .wide { overflow: visible; background: none;
+    break-inside: avoid; }
   table { font-size: 8pt; } thead th, .group th { font-size: inherit; } td, th { padding: .2rem .35rem; }
   tr, .bar { break-inside: avoid; } thead { display: table-header-group; }
   .plots { grid-template-columns: 1fr 1fr; } .plots > div { grid-column: 1 / -1; }
-  .top { font-size: 8pt; columns: 12rem; } .plots figcaption, .note { font-size: 8pt; }
+  .top { font-size: 8pt; columns: 2; } .plots figcaption, .note { font-size: 8pt; }
 }
 """

@@ -1,5 +1,6 @@
 """The report's part on the quality of captions: means of the measures, what fails the gate, and how sentences begin."""
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,10 @@ _FAILURES = {
     "too_few_nouns": "too few nouns",
 }
 _OPENERS = 10
+_BESIDE = 2
+_NO_SPACE_BEFORE = re.compile(r" (?=(?:[,.;:!?%)\]}]|\.\.\.|''|n't|'(?:s|re|ve|ll|d|m))(?: |$))")
+_NO_SPACE_AFTER = re.compile(r"(?:(?<=^[(\[{])|(?<= [(\[{])|(?<=``)) ")
+_CONTRACTED = re.compile(r"``|''")
 _ROW_INCHES, _EDGE_INCHES = 0.24, 0.75
 
 
@@ -74,7 +79,8 @@ def quality_sections(corpora: Sequence[Corpus], drawn: str) -> Iterator[str]:
         told = table(
             "Captions that fail the gate; one may fail in several ways", ("Why", *_heads(judged)), [Group("", rows)]
         )
-        yield f"<div class=plots>{drawn}<div>{told}</div></div>"
+        beside = len(judged) <= _BESIDE  # the columns of more have no room there
+        yield f"<div class=plots>{drawn}<div>{told}</div></div>" if beside else f"<div class=plots>{drawn}</div>{told}"
     else:
         yield "<p class=note>Every caption passes the gate.</p>"
     yield from _openers(measured)
@@ -162,12 +168,22 @@ def _failed_in_any_way(corpus: Corpus) -> str:
 
 
 def _openers(corpora: Sequence[Corpus]) -> Iterator[str]:
-    groups = []
+    tables = []
+    head = ("Sentences that begin with", "number", "of all sentences")
     for corpus in corpora:
         openers = (corpus.quality or {}).get("openers", {}).get("counts", [])[:_OPENERS]
         total = _measures(corpus).get("num_sentences", {}).get("sum") or 0
-        rows = [(label(f"{opener} ..."), (f"{count:,}", f"{count / max(total, 1):.1%}")) for opener, count in openers]
-        groups += [Group(named(corpus), rows)] if rows else []
-    if groups:
-        head = ("Sentences that begin with", "number", "of all sentences")
-        yield f"<div class=short>{table('How sentences begin most often', head, groups)}</div>"
+        rows = [
+            (label(f"{as_text(opener)} ..."), (f"{count:,}", f"{count / max(total, 1):.1%}"))
+            for opener, count in openers
+        ]
+        words = f"How the sentences of {shortened(corpus.name)} begin most often"
+        tables += [f"<div>{table(words, head, [Group(named(corpus), rows)])}</div>"] if rows else []
+    if tables:
+        yield f"<div class='plots short'>{''.join(tables)}</div>"
+
+
+def as_text(tokens: str) -> str:
+    """Join the tokens of an opener as they stand in a text: no space before a comma, "can't" in one, plain quotes."""
+    joined = _NO_SPACE_AFTER.sub("", _NO_SPACE_BEFORE.sub("", tokens))
+    return _CONTRACTED.sub('"', joined)

@@ -2,32 +2,18 @@
 
 from collections import Counter
 
-import numpy as np
-
 from pixart_data.nouns import NounCounter
-from pixart_data.tagging.blocks import NOUN_TAGS, TAGS, Block
-from pixart_data.tagging.vocabulary import Vocabulary
+from pixart_data.tagging.blocks import NOUN_TAGS
+from tests.tokens import block_of
 
 NAME = "by hand 1.0"
 
 
-def block_of(vocabulary, captions):
-    """A block of captions, each a list of (word, tag), or None for a null or blank one."""
-    tagged = [caption or [] for caption in captions]
-    return Block(
-        words=np.array([vocabulary.intern(word) for caption in tagged for word, _ in caption], np.int32),
-        tags=np.array([TAGS.index(tag) for caption in tagged for _, tag in caption], np.uint8),
-        offsets=np.cumsum([0, *map(len, tagged)], dtype=np.int64),
-        begins=np.zeros(sum(map(len, tagged)), np.uint8),
-        counted=np.array([caption is not None for caption in captions], np.bool_),
-    )
-
-
 def counted(captions, name=NAME, approximate=False):
     """The counts of captions as the product has them."""
-    vocabulary = Vocabulary()
+    block, vocabulary = block_of(captions)
     counter = NounCounter(name, approximate, vocabulary)
-    counter.add(block_of(vocabulary, captions))
+    counter.add(block)
     return counter.take()
 
 

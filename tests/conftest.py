@@ -10,12 +10,15 @@ import uuid
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any library reads it, so that Ray's workers inherit it too
 os.environ.pop("RAY_ADDRESS", None)  # tests start a Ray of their own
+settings.register_profile("untimed", deadline=None)  # machines are noisy
+settings.load_profile("untimed")
 
 
 @pytest.fixture(autouse=True, scope="session")

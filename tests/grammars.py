@@ -58,7 +58,7 @@ def write_nltk_data(folder: Path, seed: int = 0) -> None:
         TAGDICT: json.dumps(OTHERS),
         CLASSES: json.dumps(list(TAGS)),
         ABBREV_TYPES: "\n".join(ABBREVIATIONS),
-        COLLOCATIONS: "\n".join(["##number##\tstreet", "st\tpaul", "j\tsmith", "no\tpets"]),
+        COLLOCATIONS: "\n".join(["##number##\tstreet", "st\tpaul", "j\tsmith", "no\tpets", "fine\tart"]),
         SENT_STARTERS: "\n".join(["the", "it", "there", "this", "in", "a", "however"]),
         ORTHO_CONTEXT: "\n".join(
             f"{word}\t{chance.choice(ORTHO_LETTERS)}" for word in [*NOUNS, *VERBS, *OTHERS, "paul", "smith", "anna"]

@@ -5,8 +5,8 @@ import numpy as np
 from pixart_data.tagging.blocks import OTHER_TAG, TAGS, Block
 from pixart_data.tagging.vocabulary import Vocabulary
 
-Token = tuple[str, str, bool]
-"""Word, tag, and whether a sentence begins with it."""
+Token = tuple[str, str, bool] | tuple[str, str]
+"""Word, tag, and whether a sentence begins with it; without the last, none does."""
 
 
 def parse(text):
@@ -24,10 +24,10 @@ def block_of(captions, vocabulary=None):
     vocabulary = Vocabulary() if vocabulary is None else vocabulary
     tokens = [token for caption in captions for token in caption or ()]
     block = Block(
-        np.array([vocabulary.intern(word) for word, _, _ in tokens], np.int32),
-        np.array([TAGS.index(tag) if tag in TAGS else OTHER_TAG for _, tag, _ in tokens], np.uint8),
+        np.array([vocabulary.intern(word) for word, *_ in tokens], np.int32),
+        np.array([TAGS.index(tag) if tag in TAGS else OTHER_TAG for _, tag, *_ in tokens], np.uint8),
         np.cumsum([0, *(len(caption or ()) for caption in captions)]).astype(np.int64),
-        np.array([begins for _, _, begins in tokens], np.uint8),
+        np.array([begins == [True] for _, _, *begins in tokens], np.uint8),
         np.array([caption is not None for caption in captions], np.bool_),
     )
     return block, vocabulary

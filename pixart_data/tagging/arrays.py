@@ -16,6 +16,8 @@ class Texts(NamedTuple):
         data: All bytes; between captions there may be some that belong to none.
         offsets: Where each caption begins, and the end of the last one's, (N + 1,).
         present: False for nulls, whose bytes mean nothing, (N,).
+
+    All are aligned and read-only, for otherwise compiled code would be compiled once more.
     """
 
     data: npt.NDArray[np.uint8]
@@ -32,6 +34,18 @@ _PLAIN = (pa.types.is_string, pa.types.is_large_string)
 _CAST = (pa.types.is_string_view, pa.types.is_null)
 
 
+def text_type(captions: pa.Array | pa.ChunkedArray) -> pa.DataType:
+    """Return the type of captions, that of its values for a dictionary: string, large_string, string_view or null.
+
+    Raises:
+        DataError: If it is another.
+    """
+    kind = captions.type.value_type if pa.types.is_dictionary(captions.type) else captions.type
+    if not any(check(kind) for check in (*_PLAIN, *_CAST)):
+        raise DataError(f"captions: expected texts, found {captions.type}; name the column that holds the captions")
+    return kind
+
+
 def texts(captions: pa.Array | pa.ChunkedArray) -> Texts:
     """Return the bytes of captions of type string, large_string, string_view or null, or of a dictionary of those.
 
@@ -40,9 +54,7 @@ def texts(captions: pa.Array | pa.ChunkedArray) -> Texts:
     Raises:
         DataError: If the array is of another type.
     """
-    kind = captions.type.value_type if pa.types.is_dictionary(captions.type) else captions.type
-    if not any(check(kind) for check in (*_PLAIN, *_CAST)):
-        raise DataError(f"captions: expected texts, found {captions.type}; name the column that holds the captions")
+    kind = text_type(captions)
     if kind != captions.type or any(check(kind) for check in _CAST):
         captions = captions.cast(pa.large_string())
     if isinstance(captions, pa.ChunkedArray):
@@ -69,10 +81,14 @@ def _buffers(captions: pa.Array) -> Texts:
     count, width = len(captions), np.int64 if pa.types.is_large_string(captions.type) else np.int32
     _, offsets, data = captions.buffers()
     if offsets is None or not count:
-        return Texts(np.empty(0, np.uint8), np.zeros(count + 1, np.int64), np.zeros(count, np.bool_))
-    bounds = np.frombuffer(offsets, width, count + 1, captions.offset * np.dtype(width).itemsize)
-    return Texts(
-        np.frombuffer(data, np.uint8) if data else np.empty(0, np.uint8),
-        bounds.astype(np.int64, copy=False),
-        captions.is_valid().to_numpy(zero_copy_only=False),
-    )
+        found = Texts(np.empty(0, np.uint8), np.zeros(count + 1, np.int64), np.zeros(count, np.bool_))
+    else:
+        bounds = np.frombuffer(offsets, width, count + 1, captions.offset * np.dtype(width).itemsize)
+        found = Texts(
+            np.frombuffer(data, np.uint8) if data else np.empty(0, np.uint8),
+            np.require(bounds, np.int64, "A"),
+            captions.is_valid().to_numpy(zero_copy_only=False),
+        )
+    for array in found:
+        array.flags.writeable = False
+    return found

@@ -9,7 +9,10 @@ import time
 from importlib.metadata import version
 from typing import Literal
 
+from numba import config
+
 from pixart_data.errors import DataError
+from pixart_data.tagging import compilation
 from pixart_data.tagging.blocks import Engine
 from pixart_data.tagging.compiled import CompiledEngine
 from pixart_data.tagging.proof import CAPTIONS, prove
@@ -42,16 +45,26 @@ def open_engine(kind: Kind, download: bool = False) -> Engine:
     try:
         reference = NltkEngine()
     except (LookupError, ValueError, TypeError, AttributeError, OSError) as error:
-        raise damaged(error) from error
+        raise damaged(error, resources.paths(resources.altered)) from error
     doubt = _doubt(resources)
     if not doubt:
-        _log.info("noun tagger: loading; on a machine's first run it is compiled, which takes a minute")
+        _announce()
         try:
             return _proved(CompiledEngine(resources), reference)
         except DataError as error:
             doubt = str(error)
     _log.warning("%s. Meanwhile %s", doubt, _INSTEAD)
     return NltkEngine()
+
+
+def _announce() -> None:
+    if compilation.folder():
+        _log.info("noun tagger: loading; on a machine's first run it is compiled, which takes a minute")
+    else:
+        _log.warning(
+            "noun tagger: expected a folder for compiled code, found none that can be written, so that each process "
+            "compiles for a minute; set NUMBA_CACHE_DIR to such a folder"
+        )
 
 
 def _proved(engine: Engine, reference: Engine) -> Engine:
@@ -69,6 +82,8 @@ def _proved(engine: Engine, reference: Engine) -> Engine:
 
 def _doubt(resources: Resources) -> str:
     """Return why the compiled engine might not agree with NLTK here, "" if nothing speaks for that."""
+    if config.DISABLE_JIT:
+        return "noun tagger: expected compiled code, found NUMBA_DISABLE_JIT set; unset it for speed"
     installed = version("nltk")
     if installed not in NLTK_VERSIONS:
         known = ", ".join(sorted(NLTK_VERSIONS))
@@ -79,6 +94,7 @@ def _doubt(resources: Resources) -> str:
     if resources.altered:
         return (
             f"noun tagger: expected the data files that NLTK publishes, found others by their SHA-256: "
-            f"{', '.join(resources.altered)}; delete them and run `pixart stats --download-nltk` for speed"
+            f"{', '.join(resources.paths(resources.altered))}; "
+            f"delete just these and run `pixart stats --download-nltk` for speed"
         )
     return ""

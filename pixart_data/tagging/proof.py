@@ -81,6 +81,7 @@ Times: 10:30, 10: 30, a:b, ::, ;; and ;-)
 ''Two single quotes'' and ``two backticks'' and "straight" ones
 It's the dogs' toy; the boy's, the boys', James's and who's who
 don't Don't DON'T can't cannot won't shan't ain't o'clock y'all
+he'Ll he'lL we'rE
 I'm you're he's she'll we've they'd I'M YOU'RE HE'S
 The U.S. is big. The U.S. army. An M.D. said so. A Ph.D. too.
 Is it? It is! Is it?! It is... Is it ?
@@ -89,6 +90,8 @@ Is it? It is! Is it?! It is... Is it ?
 - -- --- ---- . .. ... .... ..... ......
 No. 5 is alive. No. It is not. See pp. 5-7 of vol. 2.
 end." Next. end.' Next. end.) Next. end.] next. end.") Then.
+(b?)Mr.) The cat
+Wow!"Mr.) the cat
 !HYPHEN !YEAR !DIGITS -START- -END- -START2-
 """
 

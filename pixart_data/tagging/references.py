@@ -3,6 +3,7 @@
 Both make one Python string of each caption and one of each token: some hundred captions a second.
 """
 
+import functools
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -12,8 +13,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pixart_data.errors import DataError
+from pixart_data.tagging.arrays import text_type
 from pixart_data.tagging.blocks import OTHER_TAG, TAGS, Block
+from pixart_data.tagging.sentences import patiently
 from pixart_data.tagging.vocabulary import Vocabulary
 
 Tagged = Iterable[list[tuple[str, str]]]
@@ -70,7 +72,7 @@ class NltkEngine:
 
     def tag(self, captions: pa.Array | pa.ChunkedArray) -> Block:
         """Tag captions one at a time; see `blocks.Engine.tag`."""
-        return self._builder.build(captions, self._tagged)
+        return self._builder.build(captions, functools.partial(patiently, self._tagged))
 
     def _tagged(self, caption: str) -> Tagged:
         nltk = self._nltk
@@ -151,17 +153,12 @@ def texts(captions: pa.Array | pa.ChunkedArray) -> Iterator[str | None]:
     Raises:
         DataError: If the array is not one of texts.
     """
-    kind = captions.type.value_type if pa.types.is_dictionary(captions.type) else captions.type
-    if not any(check(kind) for check in _TEXT_TYPES):
-        raise DataError(f"captions: expected texts, found {captions.type}; name the column that holds the captions")
+    kind = text_type(captions)
     try:
         yield from captions.to_pylist()
     except UnicodeDecodeError:
         raw: list[Any] = captions.cast(kind).cast(pa.large_binary()).to_pylist()
         yield from (None if value is None else value.decode("utf-8", "replace") for value in raw)
-
-
-_TEXT_TYPES = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
 
 
 def _sentences(caption: str) -> list[str]:

@@ -10,10 +10,10 @@ import json
 import socket
 import urllib.request
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from http.client import HTTPException
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -53,14 +53,20 @@ class Resources:
 
     Attributes:
         contents: By the names of `DIGESTS`.
+        places: Where on the disk each was found: the file itself, or the zip archive that holds it.
     """
 
     contents: Mapping[str, bytes]
+    places: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def altered(self) -> list[str]:
         """Names of the files that are not those known here; NLTK may well read them."""
         return [name for name, known in DIGESTS.items() if digest(name, self.contents[name]) != known]
+
+    def paths(self, names: Iterable[str]) -> list[str]:
+        """Return where files are on the disk, each place once; by name where that is not known."""
+        return list(dict.fromkeys(self.places.get(name, name) for name in names))
 
     def parse(self, name: str) -> Any:
         """Return what a JSON file holds.
@@ -71,7 +77,7 @@ class Resources:
         try:
             return json.loads(self.contents[name])
         except ValueError as error:
-            raise damaged(f"{name}: {error}") from error
+            raise damaged(f"{name}: {error}", self.paths([name])) from error
 
 
 def digest(name: str, content: bytes) -> str:
@@ -99,23 +105,28 @@ def find_resources(download: bool = False, otherwise: str = _OTHERWISE) -> Resou
     Raises:
         ConfigError: If files are missing on this machine.
     """
-    contents, remarks = _read()
+    contents, places, remarks = _read()
     if download and len(contents) < len(DIGESTS):
         failure = _download()
-        contents, remarks = _read()
+        contents, places, remarks = _read()
         remarks += [f"download failed: {failure}"] if failure else []
     missing = [name for name in DIGESTS if name not in contents]
     if missing:
         raise ConfigError(_complaint(missing, remarks, otherwise))
-    return Resources(contents)
+    return Resources(contents, places)
 
 
-def damaged(why: object) -> DataError:
-    """Return the error for files that are there but make no sense."""
+def damaged(why: object, paths: Sequence[str] = ()) -> DataError:
+    """Return the error for files that are there but make no sense.
+
+    Args:
+        why: What was noticed; it names the file where `paths` does not.
+        paths: Those to delete, of `Resources.paths`.
+    """
     short = " ".join(str(why).replace("*", "").split())[:200]
     return DataError(
         f"noun tagger: expected NLTK's data files, found them damaged ({short}); "
-        f"delete {' and '.join(_PACKAGES.values())} and {_REMEDY}"
+        f"delete just {', '.join(paths) or 'the file named there'} and {_REMEDY}"
     )
 
 
@@ -135,11 +146,11 @@ def _of_what(name: str) -> str:
     return " of its sorted lines" if name in _SETS - {CLASSES} else " of its sorted items" if name == CLASSES else ""
 
 
-def _read() -> tuple[dict[str, bytes], list[str]]:
-    """Read what NLTK would find now, with its remarks: it refuses folders that others may write."""
+def _read() -> tuple[dict[str, bytes], dict[str, str], list[str]]:
+    """Read what NLTK would find now, with the places, and its remarks: it refuses folders that others may write."""
     import nltk.data
 
-    contents, remarks = {}, []
+    contents, places, remarks = {}, {}, []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for folder in _PACKAGES.values():
@@ -155,9 +166,19 @@ def _read() -> tuple[dict[str, bytes], list[str]]:
                     try:
                         with nltk.data.open_datafile(pointer, PurePosixPath(name).name, encoding=None) as file:
                             contents[name] = file.read()
+                        places[name] = _place(pointer, name)
                     except (OSError, KeyError) as error:
                         remarks.append(str(error))
-    return contents, remarks + [str(warning.message) for warning in caught]
+    return contents, places, remarks + [str(warning.message) for warning in caught]
+
+
+def _place(pointer: Any, name: str) -> str:
+    """Return the file of a folder that NLTK found, or the archive that the folder is in."""
+    from nltk.data import ZipFilePathPointer
+
+    if isinstance(pointer, ZipFilePathPointer):
+        return str(pointer.zipfile.filename)
+    return str(Path(str(pointer), PurePosixPath(name).name))
 
 
 def _download() -> str:

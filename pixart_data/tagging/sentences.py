@@ -7,7 +7,7 @@ left is asked of NLTK, once for each pair of chunks. Rules and names are those o
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +40,11 @@ _COMMA = ord(",")
 _SEED = np.uint64(0xCBF29CE484222325)
 _FACTOR = np.uint64(0x100000001B3)
 _FOREIGN = np.uint64(0)
+
+_PATIENCE_S = 120.0
+_QUOTED_CHARS = 80
+
+T = TypeVar("T")
 
 
 class Lists(NamedTuple):
@@ -253,6 +258,31 @@ def _put(pairs: Pairs, keys: Any, answers: Any) -> None:
             pairs.answers[slot] = answers[i]
 
 
+def patiently(ask: Callable[[str], T], text: str) -> T:
+    """Ask NLTK about a text, a second time where it gives up on a regular expression after five seconds.
+
+    These are seconds of the clock, so which texts are too much depends on what else the machine does; the answer does
+    not. Its patterns are trusted here, so they get two minutes each then (`nltk.redos.DEFAULT_TIMEOUT`).
+
+    Raises:
+        DataError: If that is too little.
+    """
+    try:
+        return ask(text)
+    except TimeoutError:
+        from nltk import redos
+    limit_s, redos.DEFAULT_TIMEOUT = redos.DEFAULT_TIMEOUT, _PATIENCE_S
+    try:
+        return ask(text)
+    except TimeoutError as error:
+        raise DataError(
+            f"captions: expected texts that NLTK splits within {_PATIENCE_S:.0f} s, found one of {len(text):,} "
+            f"characters that takes longer, {text[:_QUOTED_CHARS]!r}...; shorten it or make it null"
+        ) from error
+    finally:
+        redos.DEFAULT_TIMEOUT = limit_s
+
+
 class PairTable:
     """Punkt's answers about pairs of chunks.
 
@@ -278,12 +308,15 @@ class PairTable:
         Args:
             keys: Of pairs that the table does not hold; they may repeat.
             text: Gives a chunk by its number.
+
+        Raises:
+            DataError: If a pair takes NLTK minutes.
         """
         keys = np.unique(keys)
         answers = np.empty(len(keys), np.uint8)
         for i, key in enumerate(keys.tolist()):
             first, second = divmod(key - 1, 1 << 32)
-            answers[i] = self._ends(f"{text(first)} {text(second)}")
+            answers[i] = patiently(self._ends, f"{text(first)} {text(second)}")
         if 2 * (self._count + len(keys)) > len(self.pairs.keys):
             grown = _empty(1 << (4 * (self._count + len(keys))).bit_length())
             _put(grown, self.pairs.keys, self.pairs.answers)

@@ -35,7 +35,7 @@ from pixart_data.tagging.chunks import (
     number,
 )
 from pixart_data.tagging.compilation import lean_kernel as kernel
-from pixart_data.tagging.sentences import Pairs, PairTable, find_pair, lists, pair_key
+from pixart_data.tagging.sentences import Pairs, PairTable, find_pair, lists, pair_key, patiently
 from pixart_data.tagging.vocabulary import Vocabulary
 
 # The white space before a chunk.
@@ -293,7 +293,7 @@ class Tokenizer:
             captions: Of type string, large_string, string_view or null, or a dictionary of those.
 
         Raises:
-            DataError: If the array is of another type.
+            DataError: If the array is of another type, or a caption takes NLTK minutes.
         """
         whole = texts(captions)
         self.num_captions += int(whole.present.sum())
@@ -337,13 +337,16 @@ class Tokenizer:
             words: list[int] = []
             begins: list[int] = []
             text = block.text(caption)
-            for sentence in self._punkt.tokenize(text) if text.strip() else ():
-                tokens = self._split(sentence)
+            for tokens in patiently(self._sentences, text) if text.strip() else ():
                 words += map(self.vocabulary.intern, tokens)
                 begins += [int(i == 0) for i in range(len(tokens))]
             found[caption] = words, begins
             parts.counts[caption] = len(words)
         return found
+
+    def _sentences(self, text: str) -> list[list[str]]:
+        """Return the tokens of each sentence, by NLTK."""
+        return [self._split(sentence) for sentence in self._punkt.tokenize(text)]
 
 
 @functools.cache

@@ -3,11 +3,13 @@
 from collections import Counter
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from benchmarks import corpora, count_nouns, counting
 from benchmarks.corpora import ALT_TEXT, DENSE, Zipf
-from benchmarks.count_nouns import LIMITS
+from benchmarks.count_nouns import LIMITS, memory_line
+from pixart_data.tagging.proof import CAPTIONS as PROOF
 
 
 def rates(nltk, cold, warm):
@@ -79,9 +81,57 @@ def test_limits_are_held():
     assert count_nouns.missed(found(alt_text=(9.9, 200.0)))
     text = count_nouns.table(found(dense=(19.0, 300.0)))
     lines = {line.split("  ")[0]: line for line in text.splitlines()[1:]}
-    assert "19.0 (19.0..19.0) MISSED" in lines[f"{DENSE}, cold"]
+    assert "19.0 (19.0..19.0) MISSED" in lines[f"{DENSE}, cold*"]
     assert "300.0 (300.0..300.0) PASS" in lines[f"{DENSE}, warm"]
     assert lines[f"{DENSE}, warm"].split()[3:5] == ["4,500", "0.041"]
+    assert f"* an engine that has met the {len(PROOF)} captions of its proof" in text
+
+
+def peak_of(size_bytes):
+    figures = {"num_words": 5, "num_rows": 4, "rate": 1.0, "merge_s": 1.0}
+    return {**figures, "peak_bytes": size_bytes, "merging_bytes": 300_000_000}
+
+
+def test_memory_is_judged_at_the_size_of_its_limit_alone():
+    assert "peak 2.00 GB, 0.30 of it for merging (below 2 for 10,000,000): PASS;" in memory_line(
+        10_000_000, peak_of(1_999_999_999)
+    )
+    assert "): MISSED;" in memory_line(10_000_000, peak_of(2_000_000_000))
+    for size, peak_bytes in ((2_000_000, 10**9), (9_999_999, 3 * 10**9), (20_000_000, 3 * 10**9)):
+        assert "): not judged at this size;" in memory_line(size, peak_of(peak_bytes))
+
+
+@pytest.mark.parametrize(
+    ("size", "peak_bytes", "code"), [(10_000_000, 10**9, 0), (10_000_000, 3 * 10**9, 1), (2_000_000, 3 * 10**9, 0)]
+)
+def test_the_exit_code_is_that_of_limits_judged(monkeypatch, capsys, size, peak_bytes, code):
+    monkeypatch.setattr(count_nouns, "load", lambda: {})
+    monkeypatch.setattr(count_nouns, "LIMITS", {})
+    monkeypatch.setattr(counting, "Ours", lambda: None)
+    for name in ("starts", "scaling", "reading"):
+        monkeypatch.setattr(count_nouns, name, lambda *_: "")
+    monkeypatch.setattr(count_nouns, "run", lambda *_: peak_of(peak_bytes))
+    assert count_nouns.main(["--zipf-captions", str(size)]) == code
+    assert f"{size:,} captions of 5 distinct words" in capsys.readouterr().out
+
+
+def test_what_is_read_from_parquet_is_named(synthetic_nltk_data, tmp_path, monkeypatch, capsys):
+    import json
+
+    corpus = {DENSE: pa.array(["A dog.", "Two cats sat."]), ALT_TEXT: pa.array(["Poster", "PHOTO 1"])}
+    monkeypatch.setattr(counting, "load", lambda: corpus)
+    counting.show_reading(tmp_path, 200)
+    found = json.loads(capsys.readouterr().out)
+    written = pq.read_table(tmp_path / "captions.parquet")["caption"].to_pylist()
+    assert found["num_distinct"] == len(set(written)) == 4
+    assert found["share_alt_text"] == sum(text in corpus[ALT_TEXT].to_pylist() for text in written) / 200
+    for way in ("read", "counted"):
+        assert found[way].pop("num_captions") == 200
+        found[way] = {"num_captions": 200, "cpu_s": 0.5}
+    line = count_nouns.reading_line(found)
+    assert "200 captions from Parquet" in line
+    assert "90% dense and 10% alt-texts, drawn with repetition: 4 different ones" in line
+    assert "a warm one: reading alone 400 captions per CPU-second" in line
 
 
 def test_the_stream_is_counted_and_merged(synthetic_nltk_data, tmp_path, monkeypatch, capsys):

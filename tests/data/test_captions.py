@@ -245,7 +245,7 @@ def test_a_large_file_is_told_by_its_ends_and_size(tmp_path):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("no/such", "captions.path: no such file or folder: .*; run `pixart caption` first, or check the path"),
+        ("no/such", "captions.path: no such file or folder: .*; check the path, or run `pixart caption` first"),
         ("empty", "captions.path: .* holds no .parquet or .jsonl file"),
         ("x.csv", "captions.path: expected .parquet, .jsonl or a folder of them, found "),
     ],

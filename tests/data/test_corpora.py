@@ -153,10 +153,10 @@ def test_notes_say_what_may_be_compared(both):
     text = "\n".join(notes(both))
     assert "VN/DN grows with sample size" in text
     assert "(here 120 to 11,200,000)" in text
-    assert "dense: 1 null or blank captions are not counted." in text
+    assert "dense: 1 null or blank caption is not counted." in text
     assert "~" not in text
     damaged = replace(both[0], rejections={"bad_row": 1, "no_caption": 5})
-    assert "dense: 1 damaged rows are not counted." in notes([damaged])
+    assert "dense: 1 damaged row is not counted." in notes([damaged])
     rough = [replace(corpus, stats=replace(corpus.stats, approximate=True)) for corpus in both]
     assert "(here 120 to 300)" in "\n".join(notes(rough))  # the paper's rows are not among what compares
     full = replace(both[0], stats=replace(both[0].stats, num_captions=11_000_000))

@@ -1,6 +1,9 @@
 """Captions to count: what is found at a path, how it is cut, and what is said of files that hold none."""
 
 import json
+import shlex
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -33,7 +36,7 @@ def text(path, data):
 
 
 def found(path):
-    return find_captions(str(path), "sets.x.path")
+    return find_captions(str(path), "the set 'x'")
 
 
 def captions(files, column="caption"):
@@ -80,17 +83,30 @@ def test_a_file_whose_name_looks_like_a_pattern_is_itself(tmp_path):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("none", "sets.x.path: no such file or folder: "),
-        ("none*.parquet", "sets.x.path: nothing matches .*none"),
+        ("none", "the set 'x': no such file or folder: .*none; check the path, or run"),
+        ("none*.parquet", "the set 'x': nothing matches .*none"),
         ("empty", "holds no .parquet or .jsonl or .txt file"),
-        ("x.csv", "expected .parquet, .jsonl, .txt or a folder of them, found "),
+        ("x.csv", "expected .parquet, .jsonl, .txt or a folder of them, found .*x.csv; convert it to Parquet first: "),
+        ("*.csv", "expected .parquet, .jsonl, .txt or folders of them, found .*x.csv; convert it to Parquet first: "),
+        ("x.tar", "found .*x.tar; of tars of images, name the table of their captions"),
     ],
 )
 def test_nothing_to_count_is_a_setting_to_mend(tmp_path, name, expected):
     (tmp_path / "empty").mkdir()
     text(tmp_path / "x.csv", "a,b\n")
+    text(tmp_path / "x.tar", "")
     with pytest.raises(ConfigError, match=expected):
         found(tmp_path / name)
+
+
+@pytest.mark.parametrize(("suffix", "sign"), [(".csv", ","), (".tsv", "\t")])
+def test_the_advice_for_a_csv_file_makes_a_table_that_can_be_read(tmp_path, suffix, sign):
+    path = text(tmp_path / "in" / f"x{suffix}", f"caption{sign}url\na dog{sign}u\n")
+    with pytest.raises(ConfigError) as caught:  # of the folder: the advice is for what is in it
+        found(path.parent)
+    _, code = str(caught.value).split("python -c ")
+    subprocess.run([sys.executable, "-c", *shlex.split(code)], check=True)
+    assert captions(found(path.parent)) == ["a dog"]
 
 
 def test_parquet_is_cut_between_row_groups(tmp_path, monkeypatch):
@@ -142,14 +158,17 @@ def test_a_damaged_table_is_named(tmp_path, data):
 
 
 def require(path, column):
-    require_text(look_at(found(path)), "sets.x.column", column)
+    require_text(look_at(found(path)), "x", column)
 
 
 def test_a_missing_column_is_named_with_the_nearest_one(tmp_path):
     path = parquet(tmp_path / "t.parquet", ["a"], url=["u"])
     with pytest.raises(ConfigError, match="expected a column 'captoin', found caption, url; did you mean 'caption'[?]"):
         require(path, "captoin")
-    with pytest.raises(ConfigError, match="found caption, url; set sets.x.column, on a command line --column"):
+    with pytest.raises(
+        ConfigError,
+        match="found caption, url; name another one with --column, in a job file as `column` of the set 'x'",
+    ):
         require(jsonl(tmp_path / "t.jsonl", {"caption": "a", "url": "u"}), "zzz")
 
 
@@ -159,7 +178,8 @@ def test_a_missing_column_is_named_with_the_nearest_one(tmp_path):
 def test_a_column_of_something_else_is_named_with_those_of_text(tmp_path, values):
     path = parquet(tmp_path / "t.parquet", ["a", "b"], other=values)
     with pytest.raises(
-        ConfigError, match="expected text in the column 'other', found .*; columns of text: caption; set"
+        ConfigError,
+        match="expected text in the column 'other', found .*; columns of text: caption; name another",
     ):
         require(path, "other")
     require(path, "caption")
@@ -190,15 +210,15 @@ def test_captions_are_found_on_an_object_store(bucket, tmp_path):
     for name, data in {"set/a.parquet": (tmp_path / "a.parquet").read_bytes(), "texts/b.txt": b"three\r\nfour"}.items():
         location(f"{bucket}/{name}").write_bytes(data)
     for path in ("set/*.parquet", "set", "set/a.parquet"):
-        files = find_captions(f"{bucket}/{path}", "sets.x.path")
+        files = find_captions(f"{bucket}/{path}", "the set 'x'")
         assert captions(files) == ["one", "two"]
-        require_text(look_at(files), "sets.x.column", "caption")
+        require_text(look_at(files), "x", "caption")
         with pytest.raises(ConfigError, match="expected a column 'captions', found caption; did you mean 'caption'"):
-            require_text(look_at(files), "sets.x.column", "captions")
-    files = find_captions(f"{bucket}/*/*.txt", "sets.x.path")
+            require_text(look_at(files), "x", "captions")
+    files = find_captions(f"{bucket}/*/*.txt", "the set 'x'")
     assert captions(files) == ["three", "four"]
     assert [num_rows(file) for file in files] == [2]
     with pytest.raises(ConfigError, match="/none: no such file or folder; check the path"):
-        find_captions(f"{bucket}/none/*.txt", "sets.x.path")
-    with pytest.raises(ConfigError, match="sets.x.path: nothing matches"):
-        find_captions(f"{bucket}/set/*.txt", "sets.x.path")
+        find_captions(f"{bucket}/none/*.txt", "the set 'x'")
+    with pytest.raises(ConfigError, match="the set 'x': nothing matches"):
+        find_captions(f"{bucket}/set/*.txt", "the set 'x'")

@@ -29,7 +29,8 @@ from pixart_data.nouns import (
 from pixart_data.records import NOUNS
 from pixart_data.tagging.references import NltkEngine, TextBlobEngine
 from pixart_data.tagging.vocabulary import Vocabulary
-from tests.blocks import NAME, block_of, counted, nouns_of, occurrences
+from tests.blocks import NAME, counted, nouns_of, occurrences
+from tests.tokens import block_of
 
 # fmt: off
 WORDS = [
@@ -81,7 +82,7 @@ def test_a_counter_starts_anew_after_each_unit_and_its_vocabulary_grows(units):
     for number, captions in enumerate(units):
         unit = [*captions, [(f"new{number}", "NN")]]
         for start in range(0, len(unit), 3):
-            counter.add(block_of(vocabulary, unit[start : start + 3]))
+            counter.add(block_of(unit[start : start + 3], vocabulary)[0])
         assert rows(counter.take()) == by_hand(unit)
     assert rows(counter.take()) == by_hand([])
 

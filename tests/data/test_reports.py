@@ -14,6 +14,7 @@ from pixart_data.nouns import DEFINITION
 from pixart_data.rarefaction import Growth
 from pixart_data.renderings import num_cells
 from pixart_data.reports import html_page, terminal_table
+from pixart_data.scorecards import as_text
 from tests.specimens import EXACT, QUALITY, ROUGH, SMALL, bare, corpus, pair
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -99,9 +100,9 @@ def test_page_can_be_read_aloud():
 
 def test_table_1_stands_beside_the_paper():
     rows = Page(full_page()).rows
-    assert ["dense", "750", "329", "1,416", "23.2%", "18,263", "24.4"] in rows
-    assert ["LAION", "11.2M", "210K", "2461K", "8.5%", "72.0M", "6.4"] in rows
-    assert ["SAM-LLaVA", "11.2M", "23K", "124K", "18.6%", "327.9M", "29.3"] in rows
+    assert ["dense", "750", "24.4", "329", "1,416", "23.2%", "18,263"] in rows
+    assert ["LAION", "11.2M", "6.4", "210K", "2461K", "8.5%", "72.0M"] in rows
+    assert ["SAM-LLaVA", "11.2M", "29.3", "23K", "124K", "18.6%", "327.9M"] in rows
 
 
 def test_equal_sizes_are_one_table():
@@ -155,7 +156,9 @@ def test_sets_too_small_to_compare_are_said_to_be():
 
 def test_raw_and_dense_are_compared():
     page = Page(full_page())
+    assert ["Figure", "raw", "dense", "Ratio"] in page.rows
     assert ["Nouns/image", "6.0", "24.4", "4.06"] in page.rows
+    assert re.search(r"<h3><bdi>dense</bdi> against <bdi>raw</bdi></h3>", full_page())
     assert ["VN/DN at 500 captions", "1.0%", "20.8%", "20.8"] in page.rows
     assert "275 nouns are valid in dense and not in raw; 124 are the other way round" in page.text
     assert "753 (2)" in page.text
@@ -180,7 +183,7 @@ def test_what_surrounds_the_nouns():
     assert ["dense", "40", "256 px", "2 of 3", "25.0%", "3.0%", "2"] in page.rows
     assert page.rows.index(["download_failed", "12"]) < page.rows.index(["too_small", "3"])
     assert ["dense", "1,416", "329", "7"] in page.rows  # thresholds
-    assert ["by lemma", "329", "1,416", "23.2%", "18,263", "24.4"] in page.rows
+    assert ["by lemma", "24.4", "329", "1,416", "23.2%", "18,263"] in page.rows
     for words in ("a dog", "A brown <b>dog</b> lies.", DEFINITION, EXACT.tagger):
         assert words in page.text
 
@@ -195,6 +198,40 @@ def test_sets_that_pass_the_gate_stand_beside_those_that_do_not():
     assert "Every caption passes the gate." in Page(html_page([bare("good", quality=passing)])).text
 
 
+@pytest.mark.parametrize(("num_sets", "beside"), [(2, True), (3, False)])
+def test_the_gates_table_has_the_width_that_it_needs(num_sets, beside):
+    source = html_page([bare(f"set {i}", quality=QUALITY) for i in range(num_sets)])
+    chart = source.index("<h3>Captions that fail the gate</h3>")
+    between = source[source.index("</figure>", chart) : source.index("one may fail in several ways", chart)]
+    assert ("</figure>\n<div><div class=wide" in between) is beside
+
+
+def test_style_leaves_bars_room_in_print_and_hints_at_what_scrolls():
+    style = re.search(r"<style>(.*?)</style>", full_page(), re.S)[1]
+    screen, _, printed = style.rpartition("@media print")
+    [columns] = re.findall(r"\.top \{[^}]*columns: ([^;}]+)", printed)
+    assert columns.strip() == "2"  # of a page 190 mm wide; a third leaves the bars between words and figures no room
+    assert "no-repeat local" in re.search(r"\.wide \{ background: [^}]*\}", screen)[0]
+    assert re.search(r"\.wide \{[^}]*background: none", printed)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "text"),
+    [
+        ("additionally , there", "additionally, there"),
+        ("you ca n't", "you can't"),
+        ("the dog 's", "the dog's"),
+        ("( photo by", "(photo by"),
+        ("`` stop ''", '"stop"'),
+        ("stock photo :", "stock photo:"),
+        ("in the image", "in the image"),
+        ("img - for", "img - for"),
+    ],
+)
+def test_openers_are_written_as_they_are_read(tokens, text):
+    assert as_text(tokens) == text
+
+
 def test_what_was_not_measured_says_how_or_is_left_out():
     page = Page(html_page([bare()]))
     assert "Not measured: run pixart stats again with --tokenizer" in page.text
@@ -207,13 +244,13 @@ def test_what_was_not_measured_says_how_or_is_left_out():
 
 def test_page_of_nothing_is_the_papers_table():
     page = Page(html_page([]))
-    assert ["Internal", "11.2M", "152K", "582K", "26.1%", "136.6M", "12.2"] in page.rows
+    assert ["Internal", "11.2M", "12.2", "152K", "582K", "26.1%", "136.6M"] in page.rows
     assert "Internal (paper)" in terminal_table([])
 
 
 def test_approximate_sets_stand_apart():
     page = Page(html_page([corpus("a", ROUGH, frames=None, lengths=None), bare("b", ROUGH)]))
-    assert ["a approximate", "750", "~329", "~1,416", "~23.2%", "~18,263", "~24.4"] in page.rows
+    assert ["a approximate", "750", "~24.4", "~329", "~1,416", "~23.2%", "~18,263"] in page.rows
     assert "Counted with textblob 0.20.1 lexicon (approximate)" in page.text
     assert "Not comparable with the paper's rows" in page.text
     assert "Nothing here compares with the paper's rows." in page.text

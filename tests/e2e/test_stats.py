@@ -144,7 +144,8 @@ def bad(tmp_path, kind):
         (
             "missing",
             2,
-            "expected a column 'caption', found text, url; set sets.missing.column, on a command line --column",
+            "expected a column 'caption', found text, url; name another one with --column, in a job file as `column` "
+            "of the set 'missing'",
         ),
         ("numbers", 2, "expected text in the column 'caption', found int64; columns of text: none"),
         ("truncated", 3, "it is damaged, cut off or something else: write or copy it again, or leave it out"),

@@ -130,7 +130,7 @@ def test_a_file_cut_into_units_gives_what_the_whole_gives(tmp_path, monkeypatch)
     same = {"language": {}}  # of which a sample of each unit is looked at
     assert replace(do(cut)["one"], **same) == replace(whole, **same)
     assert (whole.stats.num_captions, whole.stats.num_empty) == (23, 2)
-    assert whole.rejections == {"no_caption": 1}
+    assert whole.rejections == {"no_caption": 2}
 
 
 def test_rows_are_accounted_for(tmp_path):
@@ -138,8 +138,8 @@ def test_rows_are_accounted_for(tmp_path):
     path.write_text('{"caption": "a dog"}\n{"caption": null}\n{"caption": 7}\nno JSON\n{"caption": "  "}\n')
     found = do(job(tmp_path, one(path)))["one"]
     [record] = read_records(tmp_path / "report").values()
-    assert (record.rows_in, record.rows_out, record.rejected) == (5, 2, {"no_caption": 1, "bad_row": 2})
-    assert found.rejections == {"no_caption": 1, "bad_row": 2}
+    assert (record.rows_in, record.rows_out, record.rejected) == (5, 1, {"no_caption": 2, "bad_row": 2})
+    assert found.rejections == {"no_caption": 2, "bad_row": 2}  # a null caption and a blank one: one rule
     assert "one: 2 null or blank captions and 2 damaged rows are not counted." in notes([found])
     assert (found.stats.num_captions, found.stats.num_empty) == (1, 4)
 
@@ -185,7 +185,7 @@ def test_raw_captions_beside_their_own_are_counted_and_compared(tmp_path):
     assert gained["window"] == (1, 0)
     assert "dog" not in gained
     assert dense.rejections == {"truncated_image": 1}
-    assert raw.rejections == {"no_caption": 1}
+    assert raw.rejections == {"no_caption": 2}  # one null, one blank
     assert dense.gate["truncated"] == 1  # cut off by the limit
     assert dense.frames["num_images"] == 4
     assert dense.frames["num_without_size"] == 1
@@ -249,6 +249,18 @@ def test_sets_are_compared_as_the_job_says(tmp_path):
     assert commits(made) == before
 
 
+def test_a_report_of_other_captions_is_not_replaced_in_silence(tmp_path, caplog):
+    first = table(tmp_path / "one.parquet", caption=["a dog"])
+    caplog.set_level("INFO")
+    do(job(tmp_path, one(first, "first")))
+    [(run, plan)] = stats.plan(job(tmp_path, one(first, "first"), threshold=5))
+    stats.tell_what_is_replaced(run, plan)
+    assert "which this one replaces" not in caplog.text
+    [(run, plan)] = stats.plan(job(tmp_path, one(first, "second")))
+    stats.tell_what_is_replaced(run, plan)
+    assert "holds a report of other captions or of other names, which this one replaces" in caplog.text
+
+
 def commits(made):
     return {path: path.stat().st_mtime_ns for path in (Path(made.output) / COMMITS).iterdir()}
 
@@ -257,7 +269,7 @@ def commits(made):
     ("captions", "what"),
     [
         ([None, None], "found rows without one: 2 null or blank .no_caption 2.; name what has some"),
-        (["", " \n"], "found rows without one: 2 null or blank; name what has some"),
+        (["", " \n"], "found rows without one: 2 null or blank .no_caption 2.; name what has some"),
     ],
 )
 def test_a_set_without_any_caption_is_an_error_that_says_what_there_was(tmp_path, captions, what):

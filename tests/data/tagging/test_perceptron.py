@@ -20,7 +20,7 @@ from tests.grammars import ADJECTIVES, FOREIGN, NAMES, NOUNS, OTHERS, VERBS, spl
 
 SHARED = Path(__file__).parents[3].parent / "shared"
 SHAPES = [
-    *split("1999 19999 199 0 3.14 5th x1 1x - -- -dash dash- --x a-b well-known -a-b ... . , `` '' n't 's"),
+    *split("1999 19999 199 0 3.14 5th 24x36 10:30 x1 1x - -- -dash dash- --x a-b well-known -a-b ... . , `` '' n't 's"),
     *split("A a I AN an Ab aB ABC Zz -START- -END- -START2- !YEAR !HYPHEN !DIGITS \0 \x7f ~ {"),
     *split("٣٤٥٦ ½ ²³¹⁰ ５０００ ⅣⅣⅣⅣ ４ é É ß ẞ İ ǅ Σς 東京 東 😀 a\u0301 \ufffd ﬁ ſt K é-è -é ٣-٤ ١x"),
     "x" * 300,

@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from pixart_data.errors import ConfigError
+from pixart_data.errors import ConfigError, DataError
 from pixart_data.tagging import resources
 from pixart_data.tagging.resources import ABBREV_TYPES, CLASSES, COLLOCATIONS, SENT_STARTERS, WEIGHTS, find_resources
 
@@ -43,6 +43,7 @@ def test_known_files_are_read_as_they_are(nltk_data):
     found = find_resources()
     assert {name: (nltk_data / name).read_bytes() for name in PUBLISHED} == found.contents
     assert found.altered == []
+    assert found.places == {name: str(nltk_data / name) for name in PUBLISHED}
     assert len(found.contents) == 7
 
 
@@ -106,7 +107,18 @@ def test_packages_may_be_zipped(copied):
         shutil.make_archive(str(parent / name), "zip", parent, name)
         shutil.rmtree(parent / name)
         (parent / f"{name}.zip").chmod(0o644)
-    assert set(find_resources().contents) == set(PUBLISHED)
+    found = find_resources()
+    assert set(found.contents) == set(PUBLISHED)
+    archives = [
+        str(copied / f"{name}.zip") for name in ("taggers/averaged_perceptron_tagger_eng", "tokenizers/punkt_tab")
+    ]
+    assert found.paths([WEIGHTS, CLASSES, COLLOCATIONS]) == archives
+
+
+def test_only_damaged_files_are_to_be_deleted():
+    contents = {CLASSES: b"{", WEIGHTS: b"{}"}
+    with pytest.raises(DataError, match=r"classes\.json: Expecting.*; delete just /data/classes and run"):
+        resources.Resources(contents, {CLASSES: "/data/classes", WEIGHTS: "/data/weights"}).parse(CLASSES)
 
 
 def test_no_download_unless_asked(without_data):

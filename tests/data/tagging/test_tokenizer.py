@@ -26,6 +26,7 @@ the dogs' toys, the dogs'\ntoys, the dogs'\ttoys, the dogs'
 O'Neil's rock'n'roll 'n' 'em 'tis 'twas 'Tis'Twas 'twas'tis cannot'tis 'tisn't
 d'ye D'YE more'n MORE'N gimme'n wanna-be wanna. gonna, (gotta) lemme! cannot; x-cannot-y cannots _cannot
 can't CAN'T cann't n't N'T 'll 'LL 'Ll I'd've y'all'd've he's's she'd'd we'm
+he'Ll he'lL we'rE
 Ends with a quote.' Ends with two.'' Ends with a double."
 (Closes.) [Closes.] {Closes.} <Closes.> «Closes.» “Closes.” ‘Closes.’ Closes.”’ Closes.)]}>"'»
 Stop . ) Stop. ) Stop.) ) Stop. " Stop. ' and so on
@@ -47,6 +48,8 @@ wow. ) next
 wow." ) next
 wow.) ( next
 Mr. Smith met Mrs. Jones, Dr. Who, St. Paul and No. 5. No. It is 5. Then 6.
+(b?)Mr.) The cat
+Wow!"Mr.) the cat
 Mr.) Smith (Mr.) and Inc.) or Inc.: or Inc.; or U.S.A.' or e.g.! yes
 J. R. R. Tolkien. J. Walter Thompson. I. Asimov. A. And B. the C. Next
 J.) and J.; and J.: and J.' and 5.) and 5.; and 5.: and 5.' and v.5.)
@@ -160,6 +163,15 @@ def test_words_do_not_hang_on_their_neighbours(tokenizer, nltk_says):
     read(tokenizer, pa.array(captions[::-1]))
     for caption, found in zip(captions, read(tokenizer, pa.array(captions)), strict=True):
         assert found == nltk_says(caption), repr(caption)
+
+
+def test_words_that_punkt_keeps_together(synthetic_nltk_data):
+    # NLTK's own list has no pair whose first word would end its sentence anywhere else; the miniature has one.
+    captions = ["This is fine. Art follows.", "This is fine. Dogs follow.", "He is fine. Art! It follows."]
+    nltk_says = Nltk()
+    expected = [nltk_says(caption) for caption in captions]
+    assert [sum(begins for _, begins in caption) for caption in expected] == [1, 2, 2]
+    assert read(Tokenizer(Vocabulary()), pa.array(captions)) == expected
 
 
 def test_plain_english_needs_no_nltk(tokenizer):
