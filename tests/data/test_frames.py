@@ -119,7 +119,6 @@ HOSTILE = [0, -1, None, 0.5, float("nan"), float("inf"), -float("inf"), 1e30]
         pa.array([[512], None]),
         pa.nulls(3),
     ],
-    ids=str,
 )
 def test_what_is_no_size_is_counted_as_none(column):
     good = [512] * len(column)
