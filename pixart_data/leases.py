@@ -21,7 +21,7 @@ from pathlib import Path
 
 from pixart_data.errors import JobError, PixArtError
 from pixart_data.processes import is_alive, process_name
-from pixart_data.storage import TEMPORARY, delete, list_files, make_dir, read_bytes, write_atomic, write_new
+from pixart_data.storage import TEMPORARY, delete, is_remote, list_files, make_dir, read_bytes, write_atomic, write_new
 
 log = logging.getLogger(__name__)
 
@@ -74,8 +74,12 @@ class Lease:
         self._ended.set()
         self._thread.join()
         if not self._lost:
-            with contextlib.suppress(PixArtError, OSError):
-                write_atomic(_path(self.root, self.number), _text(replace(self._claim, released=True)))
+            path, text = _path(self.root, self.number), _text(replace(self._claim, released=True))
+            try:
+                write_atomic(path, text)
+            except (PixArtError, OSError):
+                with contextlib.suppress(OSError):
+                    _write_over(path, text)
 
     def _renew(self) -> None:
         while not self._ended.wait(RENEW_S):
@@ -92,6 +96,15 @@ class Lease:
             self._renewed_s = time.monotonic()
         except (PixArtError, OSError) as error:
             log.warning("%s: the lease could not be renewed, trying again: %s", self.root, error)
+
+
+def _write_over(path: Path, text: bytes) -> None:
+    """Write a local file where it lies: on a full disk there is no room for another one beside it."""
+    if is_remote(path):
+        return
+    with path.open("r+b") as file:
+        file.write(text)
+        file.truncate()
 
 
 @contextlib.contextmanager

@@ -110,6 +110,16 @@ def test_a_released_lease_is_taken_at_once(root):
         assert [path.name for path in list_files(root / ".lease")] == ["000004.json"]
 
 
+def test_it_is_let_go_of_on_a_full_disk_too(tmp_path, monkeypatch):
+    def full(path, data):
+        raise JobError(f"{path}: cannot write: the disk is full")
+
+    with output_lock(tmp_path):
+        monkeypatch.setattr(leases, "write_atomic", full)
+    with output_lock(tmp_path) as lease:
+        assert lease.number == 2
+
+
 def test_a_holder_that_was_overtaken_stops_before_it_commits(root, monkeypatch):
     monkeypatch.setattr(leases, "RENEW_S", 0.1)
     with output_lock(root) as lease:

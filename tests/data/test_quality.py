@@ -179,7 +179,7 @@ def test_the_run_that_makes_an_echo(measure):
 
 
 def test_prompts_are_cut_as_captions_are(nltk_data):
-    prompts = [PAPER, "What's in the picture? Don't guess.", "Describe it (briefly), e.g. its style: colors, mood..."]
+    prompts = [PAPER, "What's in the picture? Don't guess.", "Describe it (briefly): its style, colors, mood..."]
     engine = NltkEngine()
     for prompt in prompts:
         words = engine.tag(pa.array([prompt])).words
