@@ -25,6 +25,7 @@ from pixart_data.tagging.characters import (
     WORD,
 )
 from pixart_data.tagging.compilation import lean_kernel as kernel
+from pixart_data.tagging.vocabulary import FNV_OFFSET, FNV_PRIME
 
 # What the word before a full stop is.
 ENDING = 0  # a word that ends its sentence whatever follows
@@ -37,8 +38,6 @@ UNCLEAR = 5
 _DOT = ord(".")
 _DASH = ord("-")
 _COMMA = ord(",")
-_SEED = np.uint64(0xCBF29CE484222325)
-_FACTOR = np.uint64(0x100000001B3)
 _FOREIGN = np.uint64(0)
 
 _PATIENCE_S = 120.0
@@ -99,14 +98,14 @@ def _holds(table: Any, value: Any) -> Any:
 @kernel
 def _lower_hash(codes: Any, start: int, stop: int) -> Any:
     """Return what a word of ASCII has in `Lists`; one with other characters gets what no word of ASCII has."""
-    value = _SEED
+    value = FNV_OFFSET
     for i in range(start, stop):
         char = codes[i]
         if char >= 128:
             return _FOREIGN
         if 65 <= char <= 90:
             char += 32
-        value = (value ^ np.uint64(char)) * _FACTOR
+        value = (value ^ np.uint64(char)) * FNV_PRIME
     return value
 
 

@@ -36,7 +36,7 @@ from pixart_data.tagging.chunks import (
 )
 from pixart_data.tagging.compilation import lean_kernel as kernel
 from pixart_data.tagging.sentences import Pairs, PairTable, find_pair, lists, pair_key, patiently
-from pixart_data.tagging.vocabulary import Vocabulary
+from pixart_data.tagging.vocabulary import FNV_OFFSET, FNV_PRIME, Vocabulary
 
 # The white space before a chunk.
 _NOTHING, _SPACES, _WIDE, _MIXED = 0, 1, 2, 3
@@ -48,8 +48,6 @@ _BEGINS = 8
 # What becomes of a caption.
 _COMPILED, _DECLINED = 0, 1
 
-_SEED = np.uint64(0xCBF29CE484222325)
-_FACTOR = np.uint64(0x100000001B3)
 _MAX_CAPTION_BYTES = 1 << 16
 _BLOCK_BYTES = 1 << 20
 _BLOCK_CAPTIONS = 1 << 16
@@ -117,9 +115,9 @@ def _scan(chunks: Chunks, data: Any, offsets: Any, parts: Parts, caption: int) -
             i += width
             continue
         first = i
-        value = _SEED
+        value = FNV_OFFSET
         while i < stop and not _blank(data, i, stop):
-            value = (value ^ np.uint64(data[i])) * _FACTOR
+            value = (value ^ np.uint64(data[i])) * FNV_PRIME
             i += 1
         parts.numbers[at] = number(chunks, data, first, i, value)
         parts.gaps[at] = gap

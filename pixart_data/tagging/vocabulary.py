@@ -11,8 +11,8 @@ import pyarrow as pa
 
 from pixart_data.tagging.compilation import kernel
 
-_FNV_OFFSET = np.uint64(0xCBF29CE484222325)
-_FNV_PRIME = np.uint64(0x100000001B3)
+FNV_OFFSET = np.uint64(0xCBF29CE484222325)
+FNV_PRIME = np.uint64(0x100000001B3)
 _FEWEST_WORDS = 1 << 14
 _FEWEST_BYTES = 1 << 18
 _MAX_LOAD = 2  # slots for each word, at least: a miss ends soon
@@ -39,9 +39,9 @@ class Words(NamedTuple):
 @kernel
 def fnv(text: Any, start: int, stop: int) -> Any:
     """Return the 64-bit FNV-1a hash of `text[start:stop]`, an array of bytes."""
-    value = _FNV_OFFSET
+    value = FNV_OFFSET
     for i in range(start, stop):
-        value = (value ^ np.uint64(text[i])) * _FNV_PRIME
+        value = (value ^ np.uint64(text[i])) * FNV_PRIME
     return value
 
 
@@ -105,7 +105,7 @@ def _fill(words: Words) -> None:
 def _fold(words: Words, first: int, hashes: Any, is_ascii: Any) -> None:
     """Hash words in lower case, those of ASCII alone; the others are only marked."""
     for word in range(first, words.state[0]):
-        value = _FNV_OFFSET
+        value = FNV_OFFSET
         plain = True
         for i in range(words.starts[word], words.starts[word + 1]):
             byte = words.text[i]
@@ -114,7 +114,7 @@ def _fold(words: Words, first: int, hashes: Any, is_ascii: Any) -> None:
                 break
             if 65 <= byte <= 90:
                 byte += 32
-            value = (value ^ np.uint64(byte)) * _FNV_PRIME
+            value = (value ^ np.uint64(byte)) * FNV_PRIME
         hashes[word - first] = value
         is_ascii[word - first] = plain
 
