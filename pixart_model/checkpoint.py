@@ -32,9 +32,9 @@ from torch import Tensor
 from pixart_data.errors import ConfigError, DataError, JobError
 from pixart_data.retries import storage
 from pixart_data.storage import make_dir, sync_dir
-from pixart_model.config import Model
 from pixart_model.conversion import require_keys
 from pixart_model.model import PixArt
+from pixart_model.sizes import Model
 
 META, MODEL, EMA, NULL_CAPTION, STATE, CONFIG = (
     "meta.json", "model.safetensors", "ema.safetensors", "null_caption.safetensors", "state.pt", "config.toml",

@@ -1,93 +1,23 @@
 """The job files of `pixart train` and `pixart sample`.
 
-Model sizes are functions that return a complete section: `pixart_xl_2()`, `pixart_b_2()`, `pixart_s_2()` and
-`pixart_tiny()`. In a job file `size = "xl-2"` names one of them, and a number written beside it wins. Where the paper
-(PixArt-alpha, arXiv:2310.00426) and its repository disagree, the default is the repository's and the docstring says so.
+Where the paper (PixArt-alpha, arXiv:2310.00426) and its repository disagree, the default is the paper's, and the
+docstring says what the repository has. What the paper does not give is the repository's.
 """
 
 import re
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from pixart_data.config import LocalPath, ModelId, Section
 from pixart_data.sections import Device
+from pixart_model.sizes import Model, pixart_xl_2
 
-Size = Literal["xl-2", "b-2", "s-2", "tiny"]
 Precision = Literal["auto", "bf16", "fp32"]
 Resolution = Literal[256, 512, 1024]
 Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 _RATIO = re.compile(r"(\d+(?:\.\d+)?):(\d+(?:\.\d+)?)")
-
-
-class Model(Section):
-    """The PixArt transformer, complete: nothing about it is decided elsewhere."""
-
-    size: Size = "xl-2"
-    """Where the numbers that are not given come from."""
-    depth: int = Field(ge=1)
-    """Number of blocks."""
-    width: int = Field(ge=4)
-    """Channels of a token; a multiple of `heads` and of 4, and of 3 with micro-conditioning."""
-    heads: int = Field(ge=1)
-    """Attention heads of a block."""
-    mlp_ratio: float = Field(default=4.0, gt=0)
-    """Hidden channels of a block's MLP over `width`."""
-    patch: int = Field(default=2, ge=1)
-    """Side of a token in latent cells."""
-    in_channels: int = Field(default=4, ge=1)
-    """Latent channels of the VAE; the model returns twice as many: noise and variance."""
-    caption_width: int = Field(default=4096, ge=1)
-    """Width of the text encoder: 4096 for T5-XXL."""
-    base_size: int = Field(default=32, ge=1)
-    """Side in latent cells of the square that positions are measured on: 32 for 256 px, 64 for 512, 128 for 1024."""
-    interpolation_scale: float = Field(default=1.0, gt=0)
-    """Divides the positions (the reference's `lewei_scale`): 1 for 256 and 512 px, 2 for 1024."""
-    micro_conditioning: bool = False
-    """Condition on the original size and the aspect ratio, as the reference's multi-scale models do."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_from_size(cls, given: Any) -> Any:
-        if not isinstance(given, dict) or {"depth", "width", "heads"} <= given.keys():
-            return given
-        name = given.get("size", "xl-2")
-        return {**SIZES[name]().model_dump(), **given} if name in SIZES else given
-
-    @model_validator(mode="after")
-    def _divides(self) -> Self:
-        for divisor, what in ((self.heads, "heads"), (4, "4, for positions in two axes")):
-            if self.width % divisor:
-                raise ValueError(f"width: expected a multiple of {divisor} ({what}), got {self.width}")
-        if self.micro_conditioning and self.width % 3:
-            raise ValueError(f"width: micro_conditioning needs a multiple of 3, got {self.width}")
-        if self.base_size % self.patch:
-            raise ValueError(f"base_size: expected a multiple of patch ({self.patch}), got {self.base_size}")
-        return self
-
-
-def pixart_xl_2() -> Model:
-    """Return PixArt-XL/2, the paper's model: 610,856,096 parameters."""
-    return Model(size="xl-2", depth=28, width=1152, heads=16)
-
-
-def pixart_b_2() -> Model:
-    """Return the size of DiT-B/2 (arXiv:2212.09748)."""
-    return Model(size="b-2", depth=12, width=768, heads=12)
-
-
-def pixart_s_2() -> Model:
-    """Return the size of DiT-S/2 (arXiv:2212.09748)."""
-    return Model(size="s-2", depth=12, width=384, heads=6)
-
-
-def pixart_tiny() -> Model:
-    """Return a model that trains on a laptop's CPU, for tests and demonstrations."""
-    return Model(size="tiny", depth=2, width=96, heads=4)
-
-
-SIZES = {"xl-2": pixart_xl_2, "b-2": pixart_b_2, "s-2": pixart_s_2, "tiny": pixart_tiny}
 
 
 class Mixed(Section):
@@ -122,7 +52,20 @@ class Data(Section):
     """A Parquet table with a column `key` and further ones, which `where` may name too, e.g. `aesthetic > 5.5`. What
     a sample without a row there is compared with is neither true nor false."""
     batch_size: int = Field(default=32, ge=1)
-    """Samples in a step. The reference trains 256 px with 176 on each of 64 GPUs; the paper says 178."""
+    """Samples that go through the model at once on one GPU, all of one bucket. The paper has 178 at 256 px, the
+    repository 176."""
+    batches_per_step: int = Field(default=1, ge=1)
+    """Batches in an optimizer step, over all GPUs: a multiple of their number, and what is more than one for each GPU
+    is accumulated. It belongs to the run, not to the machines: with more or fewer GPUs the same samples are in the same
+    step. The paper has 64."""
+    small_buckets: Literal["fail", "carry"] = "fail"
+    """What to do about a bucket with fewer samples than a batch: stop and name it, or let its batches hold a sample
+    more than once, as rarely as its size asks for."""
+    labels: LocalPath | None = None
+    """With `model.condition = "class"`: a Parquet table with columns `key` and `label` (0 to `num_classes` - 1). Unset,
+    the class is the folder that an image lies in, and folders count in alphabetical order, as ImageNet's do."""
+    classes: LocalPath | None = None
+    """With folders as classes: a text file with the name of one in each line, where not all of them are there."""
     drop_caption: float = Field(default=0.1, ge=0, le=1)
     """Share of captions replaced by the null caption, for classifier-free guidance."""
     flip: float = Field(default=0.0, ge=0, le=1)
@@ -163,8 +106,8 @@ class Optim(Section):
 
     lr: float = Field(default=2e-5, gt=0)
     """Used as written, like the paper's; the repository multiplies its 2e-5 by sqrt(global batch / 256)."""
-    weight_decay: float = Field(default=0.03, ge=0)
-    """On every parameter. The repository's value; the paper says 0.05."""
+    weight_decay: float = Field(default=0.05, ge=0)
+    """On every parameter. The paper's value; the repository has 0.03."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     """AdamW's decay of the gradient's mean."""
     beta2: float = Field(default=0.999, ge=0, lt=1)
@@ -177,6 +120,9 @@ class Optim(Section):
     """Steps of linear warm-up. The repository's value; the paper only says that the rate is constant."""
     ema_decay: float = Field(default=0.9999, ge=0, lt=1)
     """Of the moving average of the weights, which sampling uses by default."""
+    min_snr_gamma: float | None = Field(default=None, gt=0)
+    """Weigh the error of the noise by min(SNR, gamma) / SNR (arXiv:2303.09556; 5 there); unset, all timesteps alike, as
+    in the paper."""
 
 
 class Run(Section):
@@ -200,13 +146,48 @@ class Run(Section):
     """`auto`: a GPU if there is one."""
     grad_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """Compile the blocks with `torch.compile`: faster on a GPU after a minute or two, of no use on a CPU."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """With several processes: each holds all weights (DDP), or a share of weights, averages and optimizer (FSDP2)."""
+    num_workers: int = Field(default=0, ge=0)
+    """Processes that Ray Train starts on the Ray cluster, each with a GPU; 0: this process, or those of `torchrun`."""
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard too, into `tensorboard/` of the run's directory."""
+    wandb_project: str | None = None
+    """Send the metrics to this project of Weights & Biases too."""
+
+
+class Init(Section):
+    """What a new run starts from; a run that goes on starts from its own last checkpoint."""
+
+    weights: ModelId | None = None
+    """A checkpoint or a run of `pixart train`, a `.pth` of PixArt, a `.pt` of DiT, or a folder or hub id of diffusers'
+    `PixArtTransformer2DModel`; unset, weights are drawn anew. DiT's become PixArt's by the paper's
+    re-parameterisation."""
+    use_ema: bool = True
+    """Take the moving average of the weights, where there is one."""
+    shared_mlp: Literal["mean", "first"] = "mean"
+    """Of DiT: the one modulation MLP is the mean of the blocks' (nearest to all of them at every timestep), or the
+    first block's."""
+    without_class: Literal["zero", "null", "mean"] = "zero"
+    """Of DiT: what stands for a class: nothing, the vector of no class, or the mean of all classes."""
+    null_caption: Literal["empty", "reference"] = "empty"
+    """What replaces a dropped caption: the features of the empty caption at their own length, or, of a `.pth` of
+    PixArt-alpha, its learned table at the length of the caption that it replaces."""
+    other_features: bool = False
+    """Start from weights that were trained on features of another VAE or text encoder, to adapt them."""
 
 
 class Grid(Section):
-    """Pictures drawn from the moving average at every checkpoint, for captions of the dataset."""
+    """Pictures drawn from the moving average, always for the same prompts and seeds."""
 
     num_images: int = Field(default=0, ge=0)
-    """0 draws none."""
+    """0 draws none. Of more than there are prompts, the others are captions of the dataset."""
+    prompts: list[str] = []
+    """What to draw; the text encoder of the features encodes them once, when the run starts."""
+    every: int | None = Field(default=None, ge=1)
+    """Steps between two grids; unset, one at every checkpoint."""
     num_steps: int = Field(default=20, ge=1)
     """Steps of DPM-Solver++."""
     guidance: float = Field(default=4.5, ge=1)
@@ -215,14 +196,29 @@ class Grid(Section):
     """Decodes the latents; unset, the model that the image set's manifest names."""
 
 
+class Cost(Section):
+    """What a GPU-hour is taken to cost; the defaults are those of the paper's A100s."""
+
+    dollars_per_gpu_hour: float = Field(default=1.57, ge=0)
+    """The paper's $28,400 for 753 days."""
+    watts_per_gpu: float = Field(default=400.0, ge=0)
+    """An A100's; add the share of the host and of cooling if you know them."""
+    kg_co2_per_kwh: float = Field(default=0.4, ge=0)
+    """Of the grid."""
+    peak_tflops: float | None = Field(default=None, gt=0)
+    """Dense bf16 TFLOP/s of a GPU, which utilisation is measured against; unset, known by the GPU's name."""
+
+
 class Train(Section):
     """The job of `pixart train`."""
 
     model: Model = Field(default_factory=pixart_xl_2)
+    init: Init = Init()
     data: Data
     optim: Optim = Optim()
     run: Run
     grid: Grid = Grid()
+    cost: Cost = Cost()
 
 
 class Sample(Section):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pixart_data.errors import ConfigError, DataError
-from pixart_model.config import Model
+from pixart_model.sizes import Model
 
 _OUTSIDE = {
     "x_embedder.proj": "pos_embed.proj",

@@ -24,7 +24,7 @@ from pixart_data.shards import FeatureSet, feature_sets, read_manifest
 from pixart_data.storage import is_remote, location
 from pixart_model.batches import HostBatch
 from pixart_model.buffers import Buffers
-from pixart_model.config import Data, Model
+from pixart_model.config import Data
 from pixart_model.joins import EntriesFile
 from pixart_model.loader import Batches, read_ahead
 from pixart_model.mixture import Mixture, encoder
@@ -33,6 +33,7 @@ from pixart_model.plan import cached_plan
 from pixart_model.portion import Located, Portion
 from pixart_model.quality import Quality, shuffle_quality
 from pixart_model.roster import Joined
+from pixart_model.sizes import Model
 from pixart_model.subset import chosen
 
 CACHE = "pixart-toolkit"

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pixart_model.config import Model
 from pixart_model.layers import Block, CaptionEmbed, FinalLayer, NumberEmbed, PatchEmbed, position_table
+from pixart_model.sizes import Model
 
 
 class PixArt(nn.Module):

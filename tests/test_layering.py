@@ -27,6 +27,7 @@ DRAWERS = {"utils", "util", "helpers", "helper", "common", "misc", "base", "mana
 SILENT = {
     "jobs.cli": {"torch", "ray", "numpy", "pyarrow", "transformers", "diffusers", "nltk", "PIL"},
     "pipelines.config": {"torch", "ray", "numpy", "pyarrow", "transformers", "diffusers", "nltk", "PIL"},
+    "pixart_model.sizes": {"torch", "ray", "numpy", "pyarrow", "transformers", "diffusers", "nltk", "PIL"},
     "pixart_model.config": {"torch", "ray", "numpy", "pyarrow", "transformers", "diffusers", "nltk", "PIL"},
     "jobs.config": {"torch", "ray", "numpy", "pyarrow"},
     "pixart_model.train": {"ray", "transformers", "diffusers", "nltk", "PIL"},

@@ -17,8 +17,9 @@ from pipelines.config import Import
 from pixart_data import exports, mds
 from pixart_data.errors import DataError
 from pixart_data.shards import read_manifest
-from pixart_model.config import Data, Model
+from pixart_model.config import Data
 from pixart_model.dataset import open_dataset
+from pixart_model.sizes import Model
 from tests.layouts import LENGTH, WIDTH, bits, held, import_here, made, rejected, write_reference
 
 

@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from pixart_data.errors import ConfigError, DataError, JobError
 from pixart_model import checkpoint
-from pixart_model.config import Model
 from pixart_model.model import PixArt
+from pixart_model.sizes import Model
 
 TINY = Model(size="tiny", depth=1, width=24, heads=2, caption_width=16)
 

@@ -5,7 +5,8 @@ import pytest
 
 from pixart_data.config import load, resolved_toml
 from pixart_data.errors import ConfigError
-from pixart_model.config import SIZES, Sample, Train, pixart_b_2, pixart_s_2, pixart_tiny, pixart_xl_2
+from pixart_model.config import Sample, Train
+from pixart_model.sizes import SIZES, pixart_b_2, pixart_s_2, pixart_tiny, pixart_xl_2
 
 MINIMAL = 'data = {features = "features"}\nrun = {output = "runs/a", num_steps = 10}\n'
 
@@ -25,7 +26,7 @@ def test_sizes_are_complete():
 def test_a_minimal_job_trains_the_papers_model(tmp_path):
     found = job(tmp_path, MINIMAL)
     assert found.model == pixart_xl_2()
-    assert (found.optim.lr, found.optim.weight_decay, found.optim.eps) == (2e-5, 0.03, 1e-10)
+    assert (found.optim.lr, found.optim.weight_decay, found.optim.eps) == (2e-5, 0.05, 1e-10)
     assert found.run.output.startswith("/")
 
 
@@ -44,7 +45,7 @@ def test_the_resolved_job_is_the_job(tmp_path):
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ('model = {size = "xxl"}', "model.size: expected 'xl-2', 'b-2', 's-2' or 'tiny', got 'xxl'"),
+        ('model = {size = "xxl"}', "model.size: expected 'xl-2', 'l-2', 'b-2', 's-2' or 'tiny', got 'xxl'"),
         ("model = {heads = 7}", "model: width: expected a multiple of 7"),
         ('model = {size = "tiny", width = 64, micro_conditioning = true}', "needs a multiple of 3, got 64"),
         ("model = {base_size = 33}", "base_size: expected a multiple of patch"),

@@ -17,8 +17,9 @@ from pixart_data.entries import ENTRIES
 from pixart_data.errors import ConfigError, DataError
 from pixart_data.shards import FeatureSet, read_manifest
 from pixart_model.batches import pad
-from pixart_model.config import Data, pixart_tiny
+from pixart_model.config import Data
 from pixart_model.dataset import open_dataset
+from pixart_model.sizes import pixart_tiny
 from tests.model.conftest import CANVASES, change_manifest, damage, open_set, write_image_set, write_text_set
 
 CPU = torch.device("cpu")

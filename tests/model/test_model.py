@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from pixart_model.config import Model, pixart_tiny, pixart_xl_2
 from pixart_model.model import PixArt
+from pixart_model.sizes import Model, pixart_tiny, pixart_xl_2
 
 
 def tiny(**numbers):

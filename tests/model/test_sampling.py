@@ -7,10 +7,10 @@ import torch
 
 from pixart_data.buckets import Bucket
 from pixart_data.errors import ConfigError
-from pixart_model.config import Model
 from pixart_model.diffusion import alphas_bar, generator
 from pixart_model.model import PixArt
 from pixart_model.sampling import canvas, sample_latents
+from pixart_model.sizes import Model
 
 pytest.importorskip("diffusers")
 BUCKET = Bucket("0.50", 48, 96)

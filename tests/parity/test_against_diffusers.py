@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from pixart_data.errors import ConfigError, DataError
-from pixart_model.config import Model
 from pixart_model.conversion import from_diffusers, to_diffusers
 from pixart_model.model import PixArt
+from pixart_model.sizes import Model
 
 diffusers = pytest.importorskip("diffusers")
 
