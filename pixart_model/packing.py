@@ -30,7 +30,7 @@ class Packed(NamedTuple):
 
     def split(self) -> tuple[Tensor, ...]:
         """Return views of the captions, (n_i, D) each."""
-        return torch.split(self.tokens, self.lengths)
+        return torch.split(self.tokens, list(self.lengths))
 
     def padded(self) -> tuple[Tensor, Tensor]:
         """Return the captions as (B, L, D), zeros after each end, and their mask, bool (B, L), True on tokens."""
