@@ -51,6 +51,7 @@ bench: install $(PEERS_STAMP)  ## ratios against what one would use instead, mea
 	$(BIN)/python -m benchmarks.run_pipeline
 	$(BIN)/python -m benchmarks.read_shards
 	$(BIN)/python -m benchmarks.count_nouns
+	$(BIN)/python -m benchmarks.train_steps
 
 chaos: install  ## kill workers, nodes and drivers at random, on a local disk and on an S3 server; compare every byte
 	$(BIN)/python -m tests.chaos --storage local --kills 30
