@@ -193,6 +193,22 @@ def _export_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--out", help="folder to write to")
 
 
+def _convert_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "path",
+        help="a job file, or the weights: a checkpoint, a run, a .pth, .pt or .safetensors, a "
+        "folder or hub id of diffusers",
+    )
+    sub.add_argument("--to", dest="layout", help="what to write: diffusers, pth, safetensors or pipeline")
+    sub.add_argument("--out", help="folder to write to")
+    sub.add_argument("--no-ema", action="store_true", help="take the weights, not their moving average")
+
+
+def _convert_given(args: argparse.Namespace) -> Given:
+    path, given = _interchange_given(args)
+    return path, {**given, **({"use_ema": False} if args.no_ema else {})}
+
+
 def _interchange_given(args: argparse.Namespace) -> Given:
     path, given = _path_given(args)
     return path, {**given, **({"layout": args.layout} if args.layout else {}), **_out(args)}
@@ -250,6 +266,7 @@ ARGUMENTS = {
     "split": _split_arguments,
     "import": _import_arguments,
     "export": _export_arguments,
+    "convert": _convert_arguments,
     "status": _status_arguments,
     "retry": _retry_arguments,
     "sample": _sample_arguments,
@@ -266,6 +283,7 @@ GIVEN = {
     "split": _split_given,
     "import": _interchange_given,
     "export": _interchange_given,
+    "convert": _convert_given,
     "status": _status_given,
     "retry": _retry_given,
     "sample": _sample_given,
@@ -278,6 +296,7 @@ FLAGS = {
     "split": {"output": "--out FOLDER"},
     "import": {"layout": "--from reference, mds or diffusers", "output": "--out FOLDER"},
     "export": {"layout": "--to reference or mds", "output": "--out FOLDER"},
+    "convert": {"layout": "--to diffusers, pth, safetensors or pipeline", "output": "--out FOLDER"},
     "sample": {"prompts": "--prompt TEXT", "output": "--out FOLDER"},
 }
 """What to type for a key that has a flag, said where it is missing."""

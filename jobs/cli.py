@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from jobs import ranks
 from jobs.arguments import ARGUMENTS, FLAGS, GIVEN, job_arguments, job_given
 from jobs.shape import WATCHED, submit_parser, watch_parser
 from pixart_data.config import Section, load
@@ -64,6 +65,13 @@ COMMANDS = {
     ),
     "sample": Command(
         "draw prompts with a checkpoint", "pixart_model.config:Sample", "jobs.sample:sample", "sample", "guidance=3.0"
+    ),
+    "convert": Command(
+        "write weights in another layout, such as diffusers'",
+        "jobs.config:Convert",
+        "jobs.convert:convert",
+        "train",
+        "interpolation_scale=1.0",
     ),
     "inspect": Command(
         "show what a dataset, table or checkpoint holds",
@@ -127,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.command == "submit":
             raise ConfigError("expected one command to submit, e.g. pixart submit caption job.toml")
-        talk(PACKAGES, name, args.verbose, args.log_json)
+        talk(PACKAGES, name, args.verbose, args.log_json, ranks.rank())
         if outer and args.command in WATCHED:
             return int(resolve("jobs.submit:attend", "data")(args.command, args.id, outer))
         job = read_job(args)
@@ -135,15 +143,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             return int(resolve("jobs.submit:submit", "data")(args.command, job, outer, _told(args)))
         resolve(COMMANDS[name].function, COMMANDS[name].extra)(job, dry_run=args.dry_run)
     except PixArtError as error:
-        for line in str(error).splitlines():
-            _complain(name, line, error.exit_code)
+        if ranks.is_ours_to_say(str(error)):
+            for line in str(error).splitlines():
+                _complain(name, line, error.exit_code)
         return error.exit_code
     except BrokenPipeError:  # `pixart inspect ... | head` has seen enough; keep Python from complaining at its exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
         _let_go_of_ray()
-        _complain(name, "stopped; run the same command again to go on where it was", 130)
+        if ranks.is_first():
+            _complain(name, "stopped; run the same command again to go on where it was", 130)
         return 130
     return 0
 
@@ -221,7 +231,8 @@ def _complain(name: str, line: str, exit_code: int) -> None:
     if is_json():
         log.error("%s", line, extra={"fields": {"exit_code": exit_code}})
     else:
-        print(f"pixart {name}: {line}", file=sys.stderr)
+        mark = "" if ranks.is_first() else f"[rank {ranks.rank()}] "
+        print(f"{mark}pixart {name}: {line}", file=sys.stderr)
 
 
 def _let_go_of_ray() -> None:

@@ -132,6 +132,38 @@ class Export(Section):
     """Name of the text feature set."""
 
 
+class Convert(Section):
+    """`pixart convert`: weights of the transformer in the layout that another program reads."""
+
+    path: ModelId
+    """A checkpoint or a run of `pixart train`, a `.pth` of PixArt, a `.pt` of DiT, a `.safetensors` file, or a folder
+    or hub id of diffusers' `PixArtTransformer2DModel`."""
+    layout: Literal["diffusers", "pth", "safetensors", "pipeline"]
+    """diffusers' `PixArtTransformer2DModel`; the PixArt-alpha repository's `.pth` (of a DiT, DiT's `.pt`), with the
+    moving average beside the weights; one file of safetensors under the same names; or a whole `PixArtAlphaPipeline`
+    with text encoder, VAE and scheduler."""
+    output: LocalPath
+    """Folder to write to."""
+    use_ema: bool = True
+    """Take the moving average of the weights, where there is one; with `pth`, write it too."""
+    heads: int | None = Field(default=None, ge=1)
+    """Attention heads, where neither a configuration nor the width of a published size tells them."""
+    base_size: int | None = Field(default=None, ge=1)
+    """As in `model.base_size`, where neither a configuration nor stored positions tell it."""
+    interpolation_scale: float | None = Field(default=None, gt=0)
+    """As in `model.interpolation_scale`, likewise."""
+    text_encoder: ModelId | None = None
+    """Of a pipeline: unset, the encoder that made the training features."""
+    text_encoder_subfolder: str | None = None
+    """Folder of the encoder inside `text_encoder`; read only when that is set."""
+    tokenizer_subfolder: str | None = None
+    """Folder of the tokenizer inside `text_encoder`; read only when that is set."""
+    vae: ModelId | None = None
+    """Of a pipeline: unset, the model that made the training features."""
+    vae_subfolder: str | None = None
+    """Folder of the model inside `vae`; read only when that is set."""
+
+
 class Buckets(Section):
     """`pixart buckets`: a table of buckets for the sizes of your images, and what each choice loses."""
 

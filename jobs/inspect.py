@@ -78,6 +78,8 @@ def _look(path: Path, num_samples: int) -> tuple[str, Iterator[str]]:
         return _look_at_file(path, num_samples)
     if (path / _META).is_file() or any(path.glob(f"step_*/{_META}")):
         return "checkpoint", _checkpoint(path)
+    if (path / "config.json").is_file() or (path / "transformer" / "config.json").is_file():
+        return "weights", _weights(path)
     if (path / "stats.json").is_file():
         return "noun statistics", _statistics(path / "stats.json")
     if (path / COMMITS).is_dir() or (path / "job.toml").is_file():
@@ -111,7 +113,12 @@ def _look_at_file(path: Path, num_samples: int) -> tuple[str, Iterator[str]]:
         return "tar", _tar(path, num_samples)
     if path.name == "stats.json":
         return "noun statistics", _statistics(path)
-    raise DataError(f"{path}: expected a folder, a .parquet, a .tar or a stats.json; nothing else can be inspected")
+    if path.suffix in (".pth", ".pt", ".safetensors"):
+        return "weights", _weights(path)
+    raise DataError(
+        f"{path}: expected a folder, a .parquet, a .tar, a .pth, .pt or .safetensors, or a stats.json; nothing else can "
+        "be inspected"
+    )
 
 
 def _captions(paths: list[Path], verdicts: Verdicts, num_samples: int) -> Iterator[str]:
@@ -206,10 +213,32 @@ def _checkpoint(path: Path) -> Iterator[str]:
     yield f"  checkpoint {found}, step {meta.step:,}, {size_bytes:,} bytes"
     yield f"  model      {', '.join(f'{key} {value}' for key, value in meta.model.items())}"
     for kind in ("image", "text"):
+        if kind not in meta.features:  # a model of classes
+            continue
         model = meta.features[kind]["model"]
         yield f"  {kind:10} features of {model.get('id', 'unknown')}"
+    if meta.null_caption is not None:
+        yield f"  no caption {meta.null_caption.replace('_', ' ')}"
     yield f"  trained on {', '.join(f'{key} {value}' for key, value in meta.features['counts'].items())}"
+    yield f"  goes on    {', '.join(f'{key} {value}' for key, value in meta.position.items())}"
+    yield f"  written by {', '.join(f'{key} {value}' for key, value in meta.world.items())}"
     yield f"  versions   {', '.join(f'{key} {value}' for key, value in meta.versions.items())}"
+
+
+def _weights(path: Path) -> Iterator[str]:
+    from pixart_model.shapes import HEADS
+    from pixart_model.weights import read
+
+    found = read(path, given={"heads": 1})  # nothing is computed with them
+    config = found.config.model_dump(exclude={"size", "heads", *found.assumed}, exclude_none=True)
+    heads = found.config.heads if found.config.heads > 1 else HEADS.get(found.config.width, "not told")
+    average = "the moving average of the weights" if found.is_ema else "weights"
+    yield f"  {sum(tensor.numel() for tensor in found.tensors.values()):,} numbers in {len(found.tensors):,} {average}"
+    yield f"  model      {', '.join(f'{key} {value}' for key, value in {**config, 'heads': heads}.items())}"
+    if found.assumed:
+        yield f"  not told   {', '.join(found.assumed)}"
+    if found.null_table is not None:
+        yield f"  no caption the reference's table, {len(found.null_table)} rows"
 
 
 def _table(path: Path, num_samples: int) -> Iterator[str]:

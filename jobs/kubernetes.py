@@ -12,6 +12,7 @@ from typing import Any
 from jobs.shape import Parcel, Shape
 
 GRACE_S = 60
+_SAVING_GRACE_S = 360  # a checkpoint of `train` is large
 _FOLDER = "/etc/pixart"
 _OBJECT_STORE_BYTES = 1 << 30  # paths and records travel through Ray, pixels never do
 _RETRIES = 2
@@ -27,7 +28,7 @@ def manifests(
 
     Args:
         labels: Of the nodes that the workers must run on.
-        command_gpus: GPUs for the command itself, which then runs on a worker: `train` and `sample`.
+        command_gpus: GPUs for the command itself, which then runs on a worker: `sample`, and `train` in one process.
 
     Raises:
         ConfigError: If no image is named.
@@ -48,7 +49,9 @@ def _config_map(parcel: Parcel, shape: Shape) -> dict[str, Any]:
 
 
 def _ray_job(parcel: Parcel, shape: Shape, labels: Mapping[str, str], command_gpus: float) -> dict[str, Any]:
-    environment = {"env_vars": {"PYTHONUNBUFFERED": "1", "RAY_JOB_STOP_WAIT_TIME_S": str(GRACE_S // 2)}}
+    grace_s = _SAVING_GRACE_S if parcel.run_dir else GRACE_S
+    stop_s = grace_s - GRACE_S // 2  # the rest is for Ray to end in
+    environment = {"env_vars": {"PYTHONUNBUFFERED": "1", "RAY_JOB_STOP_WAIT_TIME_S": str(stop_s)}}
     spec: dict[str, Any] = {
         "entrypoint": f"bash {_FOLDER}/run.sh",
         "runtimeEnvYAML": json.dumps(environment),  # JSON is YAML
@@ -61,7 +64,7 @@ def _ray_job(parcel: Parcel, shape: Shape, labels: Mapping[str, str], command_gp
             "authOptions": {"mode": "token"},
             "headGroupSpec": {
                 "rayStartParams": {**_start_params(), "num-cpus": "0", "num-gpus": "0"},
-                "template": head_pod(shape),
+                "template": head_pod(shape, grace_s),
             },
             "workerGroupSpecs": [
                 {
@@ -70,7 +73,7 @@ def _ray_job(parcel: Parcel, shape: Shape, labels: Mapping[str, str], command_gp
                     "minReplicas": shape.num_nodes,
                     "maxReplicas": shape.num_nodes,
                     "rayStartParams": _start_params(),
-                    "template": worker_pod(shape, labels),
+                    "template": worker_pod(shape, labels, grace_s),
                 }
             ],
         },
@@ -80,12 +83,12 @@ def _ray_job(parcel: Parcel, shape: Shape, labels: Mapping[str, str], command_gp
     return {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": {"name": shape.name}, "spec": spec}
 
 
-def head_pod(shape: Shape) -> dict[str, Any]:
+def head_pod(shape: Shape, grace_s: int) -> dict[str, Any]:
     """Return the pod template of the head: it directs, holds no GPU, and must not be taken back."""
-    return {"spec": _pod(shape, "ray-head", {"cpu": "4", "memory": "16Gi"})}
+    return {"spec": _pod(shape, "ray-head", {"cpu": "4", "memory": "16Gi"}, grace_s)}
 
 
-def worker_pod(shape: Shape, labels: Mapping[str, str]) -> dict[str, Any]:
+def worker_pod(shape: Shape, labels: Mapping[str, str], grace_s: int) -> dict[str, Any]:
     """Return the pod template of the workers: a whole node's GPUs in each."""
     resources = {"cpu": str(shape.cpus_per_node), "memory": f"{shape.memory_gib}Gi"}
     spec: dict[str, Any] = {}
@@ -101,10 +104,10 @@ def worker_pod(shape: Shape, labels: Mapping[str, str]) -> dict[str, Any]:
         spec["tolerations"] = tolerations
     if labels:
         spec["nodeSelector"] = dict(labels)
-    return {"spec": {**spec, **_pod(shape, "ray-worker", resources)}}
+    return {"spec": {**spec, **_pod(shape, "ray-worker", resources, grace_s)}}
 
 
-def _pod(shape: Shape, name: str, resources: dict[str, str]) -> dict[str, Any]:
+def _pod(shape: Shape, name: str, resources: dict[str, str], grace_s: int) -> dict[str, Any]:
     volumes: list[dict[str, Any]] = [
         {"name": "job", "configMap": {"name": shape.name}},
         {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "2Gi"}},
@@ -114,7 +117,7 @@ def _pod(shape: Shape, name: str, resources: dict[str, str]) -> dict[str, Any]:
         volumes.append({"name": f"data-{number}", "persistentVolumeClaim": {"claimName": claim}})
         mounts.append({"name": f"data-{number}", "mountPath": path})
     return {
-        "terminationGracePeriodSeconds": GRACE_S,
+        "terminationGracePeriodSeconds": grace_s,
         "containers": [
             {
                 "name": name,

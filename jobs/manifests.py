@@ -10,6 +10,7 @@ from jobs import autoscaling, kubernetes, slurm
 from jobs.shape import Parcel, Shape, pairs, shape_of
 from pixart_data.config import Section, resolved_toml
 from pixart_data.errors import ConfigError, JobError
+from pixart_model.config import Train
 
 log = logging.getLogger(__name__)
 
@@ -19,6 +20,13 @@ _KUBERNETES_HEAD = """\
 #   start    kubectl create -f THIS_FILE
 #   watch    kubectl get rayjob {name}; kubectl logs -f job/{name}
 #   stop     kubectl delete -f THIS_FILE      (units in flight are lost, what is done stays done)
+#   go on    kubectl delete -f THIS_FILE; kubectl create -f THIS_FILE
+"""
+_KUBERNETES_TRAINING_HEAD = """\
+# Needs KubeRay 1.5.1 or newer, and shared storage in the claims that are mounted.
+#   start    kubectl create -f THIS_FILE
+#   watch    kubectl get rayjob {name}; kubectl logs -f job/{name}
+#   stop     touch {run_dir}/stop (where the storage is mounted: all save; then kubectl delete -f THIS_FILE)
 #   go on    kubectl delete -f THIS_FILE; kubectl create -f THIS_FILE
 """
 _AUTOSCALING_HEAD = """\
@@ -32,24 +40,68 @@ _AUTOSCALING_HEAD = """\
 
 
 def render(command: str, job: Section, options: argparse.Namespace, flags: str = "") -> str:
-    """Return the manifest that runs a job where `options.on` says.
+    """Return the manifest that runs a job where `options.on` says; one of `train` has been `with_workers`.
 
     Raises:
         ConfigError: If what was asked for cannot work there.
     """
-    parcel = Parcel(command, resolved_toml(job), "cluster" in type(job).model_fields, flags)
+    parcel = _parcel(command, job, flags)
     shape = shape_of(options, command)
-    _check(parcel, job, shape)
+    _check(parcel, job, shape, options.on)
     if options.on == "slurm":
         return slurm.script(parcel, shape, options.time, options.bin, pairs("--sbatch", options.sbatch))
     _check_storage(job, shape)
     if options.on == "k8s":
         labels = pairs("--node-label", options.node_label)
         parts = kubernetes.manifests(parcel, shape, labels, options.gpus)
-        return _KUBERNETES_HEAD.format(name=shape.name) + "---\n".join(_yaml(part) for part in parts)
+        head = _KUBERNETES_TRAINING_HEAD if parcel.run_dir else _KUBERNETES_HEAD
+        head = head.format(name=shape.name, run_dir=parcel.run_dir)
+        return head + "---\n".join(_yaml(part) for part in parts)
     nodes = f"--nodes {shape.num_nodes} --gpus-per-node {shape.gpus_per_node}" if parcel.uses_ray else "--gpus 1"
     head = _AUTOSCALING_HEAD.format(command=command, options=nodes)
     return head + _yaml(autoscaling.cluster(parcel, shape, options.instance, options.region))
+
+
+def with_workers(job: Section, options: argparse.Namespace) -> Section:
+    """Return a job of `train` with as many workers as the nodes that are asked for have GPUs; others as they are.
+
+    On Slurm the nodes have `torchrun`, and so Ray has no workers to start.
+
+    Raises:
+        ConfigError: If the job asks for another number of them, or its steps cannot be shared out among them.
+    """
+    if not isinstance(job, Train):
+        return job
+    told = job.run.num_workers
+    if options.gpus and options.on != "slurm":
+        if told or options.gpus != 1:
+            raise ConfigError(
+                f"--gpus {options.gpus:g}: expected --gpus 1 for train in one process, found "
+                f"{f'run.num_workers = {told}' if told else 'more'}; for several GPUs leave it out, and give "
+                "--nodes N --gpus-per-node M"
+            )
+        return job
+    num_nodes = options.nodes or int(options.on != "ray" or options.print)
+    asked = num_nodes * max(options.gpus_per_node, 1)
+    if asked and told not in (0, asked):
+        raise ConfigError(
+            f"run.num_workers: expected {asked}, one for each GPU of {num_nodes} nodes with {options.gpus_per_node}, "
+            f"found {told}; leave the key out, or give other --nodes and --gpus-per-node"
+        )
+    world, batches = asked or told, job.data.batches_per_step
+    if world and batches % world:
+        raise ConfigError(
+            f"data.batches_per_step: expected a multiple of the {world} GPUs that train runs on, found {batches}; "
+            f"give e.g. --set data.batches_per_step={world}, or other --nodes and --gpus-per-node"
+        )
+    run = job.run.model_copy(update={"num_workers": 0 if options.on == "slurm" else world})
+    return job.model_copy(update={"run": run})
+
+
+def _parcel(command: str, job: Section, flags: str) -> Parcel:
+    if isinstance(job, Train):
+        return Parcel(command, resolved_toml(job), job.run.num_workers > 0, flags, job.run.output)
+    return Parcel(command, resolved_toml(job), "cluster" in type(job).model_fields, flags)
 
 
 def hand_over(text: str, target: str) -> int:
@@ -74,8 +126,9 @@ def hand_over(text: str, target: str) -> int:
     return 0
 
 
-def _check(parcel: Parcel, job: Section, shape: Shape) -> None:
-    if not parcel.uses_ray and shape.num_nodes > 1:
+def _check(parcel: Parcel, job: Section, shape: Shape, target: str) -> None:
+    uses_torchrun = target == "slurm" and parcel.run_dir is not None
+    if not parcel.uses_ray and not uses_torchrun and shape.num_nodes > 1:
         raise ConfigError(
             f"--nodes {shape.num_nodes}: {parcel.command} runs in one process, on one node; leave --nodes out"
         )

@@ -26,13 +26,15 @@ class Parcel:
 
     Attributes:
         job_toml: The resolved job file; its paths are absolute.
-        uses_ray: Whether the command spreads over a Ray cluster; `train`, `sample` and the like run in one process.
+        uses_ray: Whether the command spreads over a Ray cluster; `sample` and the like run in one process.
+        run_dir: Of `train`: where it saves, and looks for the file that asks it to stop.
     """
 
     command: str
     job_toml: str
     uses_ray: bool
     flags: str = ""
+    run_dir: str | None = None
 
     def words(self, job_file: str) -> str:
         """Return the command line for a job file at that place, without quoting: `caption job.toml -v`."""
@@ -81,7 +83,7 @@ def submit_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     sub.add_argument("--address", help="the cluster's dashboard; default: RAY_API_SERVER_ADDRESS or 127.0.0.1:8265")
-    sub.add_argument("--gpus", type=float, default=0.0, help="GPUs for the command itself: train and sample")
+    sub.add_argument("--gpus", type=float, default=0.0, help="GPUs for the command itself: sample, and train on one")
     sub.add_argument("--no-follow", action="store_true", help="print the job's ID and stop; logs: what there is so far")
     sub.add_argument("--dry-run", action="store_true", help="validate, show what would be submitted, and stop")
     _add_places(sub)

@@ -1,6 +1,8 @@
 """`pixart submit --on slurm`: a batch script that starts Ray on the nodes of its allocation and runs the command.
 
 The script is complete: the job file is in it, so that it can be kept, read, edited and handed to `sbatch` again.
+`train` does without Ray: `torchrun` starts it on every node, once for each GPU. It is asked to stop by a file in the
+run's directory, for `torchrun` passes a signal on and kills half a minute later, which can be too soon to save.
 """
 
 import shlex
@@ -10,14 +12,14 @@ from jobs.shape import Parcel, Shape
 
 _GRACE_S = 15  # leaves time to clean up within the 30 s (KillWait) after which Slurm kills everything
 _NOTICE_S = 120
+_SAVE_S = 300  # what a checkpoint of `train` may take to be written; the notice is given this early and a minute more
 
 _HEAD = """\
 #!/bin/bash
 # A preempted job, or one at its time limit, queues again and goes on where it was. So does: sbatch THIS_FILE
 {directives}
 set -euo pipefail
-umask 077  # the token opens the cluster
-
+{umask}
 export PATH={bin}:$PATH  # where pixart is, on every node
 export PYTHONUNBUFFERED=1
 folder=${{SLURM_SUBMIT_DIR:-$PWD}}/.{name}-$SLURM_JOB_ID  # on storage that all nodes share
@@ -32,12 +34,11 @@ caught=
 stopping=
 watch=
 steps=()
-stop() {{  # the command finishes or drops its units and exits
+stop() {{  # the command {ends} and exits
   caught=1
   stopping=1
   if [[ -z $child ]]; then return; fi
-  kill -TERM "$child" 2>/dev/null || true
-  # Ray may go at the same moment and leave the command waiting; a kill loses no more than the units in flight.
+  {ask}
   {{ sleep "$1"; kill -KILL "$child" 2>/dev/null || true; }} &
   watch=$!
 }}
@@ -65,7 +66,7 @@ finish() {{
   for step in ${{steps[@]+"${{steps[@]}}"}}; do kill -TERM "$step" 2>/dev/null || true; done
   rm -rf "$folder"
   wait{clean}
-  if [[ -n $again && $code -ne 0 ]]; then scontrol requeue "$SLURM_JOB_ID"; fi
+  if [[ -n $again{unfinished} ]]; then scontrol requeue "$SLURM_JOB_ID"; fi
   exit "$code"
 }}
 trap finish EXIT
@@ -102,6 +103,26 @@ srun --quiet --nodes={count} --ntasks={count} --exclude="$head" --cpu-bind=none 
 steps+=($!)
 """
 
+_ASK = """\
+kill -TERM "$child" 2>/dev/null || true
+  # Ray may go at the same moment and leave the command waiting; a kill loses no more than the units in flight."""
+
+_ASK_TRAINING = """\
+touch {stop_file} 2>/dev/null || true  # the first process sees it, and all save"""
+
+# Only the file asks to stop: the TERM that Slurm sends to the steps is passed on to the script, and not for `torchrun`.
+_TORCHRUN = """
+port=$((20000 + SLURM_JOB_ID % 2000 * 4))  # jobs that share a node have ports of their own
+# What stands in single quotes is each node's own, and so is for the shell of the step to read.
+# shellcheck disable=SC2016
+start='trap "" TERM; export OMP_NUM_THREADS=$((SLURM_CPUS_ON_NODE > {per_node} ? SLURM_CPUS_ON_NODE / {per_node} : 1))
+  exec torchrun --signals-to-handle=SIGINT --local-addr="$SLURMD_NODENAME" "$@"'
+run srun --quiet --nodes={num_nodes} --ntasks={num_nodes} --ntasks-per-node=1 --cpu-bind=none --overlap \\
+  --kill-on-bad-exit=1 bash -c "$start" torchrun --nnodes={num_nodes} --nproc-per-node={per_node} \\
+  --rdzv-backend=c10d --rdzv-endpoint="$SLURMD_NODENAME:$port" --rdzv-id="$SLURM_JOB_ID" \\
+  --no-python pixart {words}
+"""
+
 _CLEAN = """
   rm -rf "$RAY_TMPDIR"
   srun --quiet --overlap --ntasks-per-node=1 rm -rf "$RAY_TMPDIR" 2>/dev/null || true  # a cancelled job gets no more"""
@@ -115,6 +136,28 @@ def script(parcel: Parcel, shape: Shape, time_limit: str, bin_folder: str, extra
         bin_folder: Where `pixart` is on the nodes.
         extra: Further `#SBATCH --KEY=VALUE`; they replace ours.
     """
+    save = parcel.run_dir is not None
+    head = _HEAD.format(
+        directives="\n".join(f"#SBATCH --{line}" for line in _directives(shape, time_limit, extra, save)),
+        umask="umask 077  # the token opens the cluster\n" if parcel.uses_ray else "",
+        bin=shlex.quote(bin_folder),
+        name=shape.name,
+        ends="saves" if save else "finishes or drops its units",
+        ask=_ASK_TRAINING.format(stop_file=shlex.quote(f"{parcel.run_dir}/stop")) if save else _ASK,
+        grace_s=_SAVE_S if save else _GRACE_S,
+        notice_s=_SAVE_S if save else _NOTICE_S // 2,
+        unfinished="" if save else " && $code -ne 0",
+        job_toml=parcel.job_toml,
+        clean=_CLEAN if parcel.uses_ray else "",
+    )
+    return head + _command(parcel, shape)
+
+
+def _command(parcel: Parcel, shape: Shape) -> str:
+    words = parcel.words('"$folder/job.toml"')
+    if parcel.run_dir is not None:
+        per_node = max(shape.gpus_per_node, 1)
+        return _TORCHRUN.format(per_node=per_node, num_nodes=shape.num_nodes, words=words)
     ray = ""
     if parcel.uses_ray:
         workers = _WORKERS.format(count=shape.num_nodes - 1) if shape.num_nodes > 1 else ""
@@ -124,19 +167,10 @@ def script(parcel: Parcel, shape: Shape, time_limit: str, bin_folder: str, extra
             num_nodes=shape.num_nodes,
             gpus_per_node=shape.gpus_per_node,
         )
-    head = _HEAD.format(
-        directives="\n".join(f"#SBATCH --{line}" for line in _directives(shape, time_limit, extra)),
-        bin=shlex.quote(bin_folder),
-        name=shape.name,
-        grace_s=_GRACE_S,
-        notice_s=_NOTICE_S // 2,
-        job_toml=parcel.job_toml,
-        clean=_CLEAN if parcel.uses_ray else "",
-    )
-    return head + ray + f"\nrun pixart {parcel.words(chr(34) + '$folder/job.toml' + chr(34))}\n"
+    return f"{ray}\nrun pixart {words}\n"
 
 
-def _directives(shape: Shape, time_limit: str, extra: Mapping[str, str]) -> list[str]:
+def _directives(shape: Shape, time_limit: str, extra: Mapping[str, str], save: bool) -> list[str]:
     wanted = {
         "job-name": shape.name,
         "nodes": str(shape.num_nodes),
@@ -145,7 +179,7 @@ def _directives(shape: Shape, time_limit: str, extra: Mapping[str, str]) -> list
         "exclusive": "",
         "mem": "0",
         "time": time_limit,
-        "signal": f"B:USR1@{_NOTICE_S}",
+        "signal": f"B:USR1@{_SAVE_S + 60 if save else _NOTICE_S}",
         "requeue": "",
         "open-mode": "append",
         "output": f"{shape.name}-%j.log",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.config import Status as StatusJob
+from jobs.trainings import Training, is_training
 from pixart_data.commits import COMMITS, Record, read_records
 from pixart_data.errors import ConfigError, DataError
 from pixart_data.pages import printable
@@ -38,14 +39,23 @@ def status(job: StatusJob, dry_run: bool) -> None:
         if dry_run:
             print(f"status: would read {root}")
             continue
-        view = _look(root)
-        seen.append(_figures(view, now_unix_s))
+        figures, title, lines = _told(root, now_unix_s)
+        seen.append(figures)
         if not job.as_json:
-            print(f"{_title(view)} -> {root}")
-            for label, text in _lines(view, now_unix_s):
+            print(f"{title} -> {root}")
+            for label, text in lines:
                 print(f"  {label:9} {printable(text)}")
     if job.as_json and not dry_run:
         print(json.dumps({"runs": seen}, indent=1))
+
+
+def _told(root: Path, now_unix_s: float) -> tuple[dict[str, Any], str, Iterator[tuple[str, str]]]:
+    """Return what there is to say of a run: its figures, a title and lines."""
+    if is_training(root):
+        training = Training.read(root)
+        return training.figures(now_unix_s), "train", training.lines(now_unix_s)
+    view = _look(root)
+    return _figures(view, now_unix_s), _title(view), _lines(view, now_unix_s)
 
 
 @dataclass(frozen=True)
@@ -81,13 +91,15 @@ def _output(path: Path) -> str:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as a job file: {error}; check the path") from error
     output = tree.get("output", tree.get("path"))  # of a stage's job file, or of this command's own
+    if output is None and isinstance(tree.get("run"), dict):
+        output = tree["run"].get("output")  # of training's
     if not isinstance(output, str):
         raise ConfigError(f"{path}: output: required, and missing; give the job file of a stage, or a directory")
     return output if "://" in output else os.path.abspath(os.path.expanduser(output))
 
 
 def _is_run(root: Path) -> bool:
-    return exists(root / STATUS_FILE) or bool(list_files(root / COMMITS))
+    return exists(root / STATUS_FILE) or bool(list_files(root / COMMITS)) or is_training(root)
 
 
 def _look(root: Path) -> _View:

@@ -17,17 +17,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jobs.manifests import hand_over, render
+from jobs.manifests import hand_over, render, with_workers
 from pixart_data.config import Section, resolved_toml
 from pixart_data.errors import ConfigError, JobError
+from pixart_model.config import Train
 
 log = logging.getLogger(__name__)
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
-_GRACE_S = 30
-_STOP_S = _GRACE_S + 30  # Ray kills after the grace; then the cluster has to take note of it
+_GRACE_S = {"train": 300}  # a checkpoint is large
+_GRACE_OF_OTHERS_S = 30
+_KILL_S = 30  # Ray kills after the grace; then the cluster has to take note of it
 _JOB_FILE = "job.toml"
-_IN_PROCESS = ("train", "sample")  # not by workers, which get GPUs of their own
+_IN_PROCESS = ("train", "sample")  # unless told, not by workers, which get GPUs of their own
 
 
 def submit(command: str, job: Section, options: argparse.Namespace, flags: str = "") -> int:
@@ -37,6 +39,7 @@ def submit(command: str, job: Section, options: argparse.Namespace, flags: str =
         ConfigError: If what was asked for cannot work on the target.
         JobError: If the cluster does not answer or loses the job, or the scheduler's tool is missing or refuses.
     """
+    job = with_workers(job, options)
     if options.on != "ray" or options.print:
         text = render(command, job, options, flags)
         if not options.print and not options.dry_run:
@@ -44,17 +47,19 @@ def submit(command: str, job: Section, options: argparse.Namespace, flags: str =
         print(text, end="")
         return 0
     address = _address(options)
+    spreads = command not in _IN_PROCESS or (isinstance(job, Train) and job.run.num_workers > 0)
     entrypoint = _entrypoint(command, options, flags)
     if options.dry_run:
         print(f"submit: to {address}: {entrypoint}\n\n{_JOB_FILE}:\n{resolved_toml(job)}", end="")
         return 0
     client = _connect(address)
     log.info("submitting to the cluster at %s", address)
-    if command in _IN_PROCESS and not options.gpus:
-        log.warning("%s runs without a GPU: it was not given one with --gpus 1", command)
+    if not spreads and not options.gpus:
+        more = ", or several with --nodes N --gpus-per-node M" if command == "train" else ""
+        log.warning("%s runs without a GPU: it was not given one with --gpus 1%s", command, more)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / _JOB_FILE).write_text(resolved_toml(job))
-        environment = {"PYTHONUNBUFFERED": "1", "RAY_JOB_STOP_WAIT_TIME_S": str(_GRACE_S)}
+        environment = {"PYTHONUNBUFFERED": "1", "RAY_JOB_STOP_WAIT_TIME_S": str(_grace_s(command))}
         try:
             name = client.submit_job(
                 entrypoint=entrypoint,
@@ -95,7 +100,7 @@ def attend(word: str, name: str | None, options: argparse.Namespace) -> int:
             print(client.get_job_logs(name), end="")
         return 0
     if word == "stop":
-        info = _stop(client, name, address)
+        info = _stop(client, info, address)
     print(_line(info))
     return 0
 
@@ -110,18 +115,26 @@ def _entrypoint(command: str, options: argparse.Namespace, flags: str) -> str:
     words = f"{command} {_JOB_FILE}{flags}"
     wait = ""
     if options.nodes:
-        wait = f"-m jobs.nodes {options.nodes} --gpus-per-node {options.gpus_per_node} --ask --at-least 1 && "
+        fewer = "" if command == "train" else " --at-least 1"  # training takes all that it was promised
+        wait = f"-m jobs.nodes {options.nodes} --gpus-per-node {options.gpus_per_node} --ask{fewer} && "
     there = f"{wait and 'python ' + wait}exec pixart {words}"
     python = shlex.quote(sys.executable)
     here = f"{wait and python + ' ' + wait}exec {python} -m jobs.cli {words}"
     return f"if command -v pixart >/dev/null; then {there}; else {here}; fi"
 
 
-def _connect(address: str) -> Any:
-    # Ray starts clusters with token authentication, yet its client sends no token unless told so before it is imported.
+def show_token() -> None:
+    """Have Ray show the token that is here to a cluster.
+
+    Ray starts clusters with token authentication, yet sends no token unless told so before it is imported.
+    """
     token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
     if token.is_file() or os.environ.get("RAY_AUTH_TOKEN"):
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def _connect(address: str) -> Any:
+    show_token()
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
@@ -159,8 +172,15 @@ def _info(client: Any, name: str, address: str) -> Any:
         ) from error
 
 
-def _stop(client: Any, name: str, address: str) -> Any:
-    """Ask a job to stop, and wait until it has finished or dropped its units and is gone."""
+def _grace_s(command: str) -> int:
+    """Return how long a job of a command may take to end in order."""
+    return _GRACE_S.get(command, _GRACE_OF_OTHERS_S)
+
+
+def _stop(client: Any, info: Any, address: str) -> Any:
+    """Ask a job to stop, and wait until it has saved, or finished or dropped its units, and is gone."""
+    name, command = info.submission_id, (info.metadata or {}).get("pixart", "")
+    stop_s = _grace_s(command) + _KILL_S
 
     async def end_of_log() -> None:
         async for _ in client.tail_job_logs(name):
@@ -170,8 +190,9 @@ def _stop(client: Any, name: str, address: str) -> Any:
         if not client.stop_job(name):
             log.info("%s was not running", name)
             return client.get_job_info(name)
-        log.info("asked %s to stop; it may take %d s to finish or drop its units", name, _GRACE_S)
-        deadline_s = time.monotonic() + _STOP_S
+        what = "save" if command == "train" else "finish or drop its units"
+        log.info("asked %s to stop; it may take %d s to %s", name, _grace_s(command), what)
+        deadline_s = time.monotonic() + stop_s
         while True:
             left_s = deadline_s - time.monotonic()
             try:
@@ -183,7 +204,7 @@ def _stop(client: Any, name: str, address: str) -> Any:
                 return info
             if left_s <= 0:
                 raise JobError(
-                    f"{name}: still {info.status} {_STOP_S} s after it was asked to stop; ask again, or look at: "
+                    f"{name}: still {info.status} {stop_s:g} s after it was asked to stop; ask again, or look at: "
                     f"pixart submit logs {name}"
                 )
             time.sleep(0.5)  # the log may end a moment before the status says so

@@ -1,28 +1,51 @@
 """`pixart train`: train on features, from where the run was left."""
 
 import contextlib
+import os
 from pathlib import Path
 
+from jobs import ranks, rehearsal
+from jobs.prompts import encode_prompts
+from jobs.submit import show_token
+from pixart_data.errors import ConfigError
 from pixart_model import train as training
-from pixart_model.checkpoint import latest
 from pixart_model.config import Train
 from pixart_model.dataset import open_dataset
 
 
 def train(job: Train, dry_run: bool) -> None:
-    """Train, or check that the features fit the model and print how much work there is."""
+    """Train, or check that the features fit the model and print how much work there is, and what it costs."""
     if dry_run:
-        with contextlib.closing(open_dataset(job.data, job.run.seed)) as dataset:
-            dataset.require(job.model)
-            dataset.null_caption()
-            last = latest(Path(job.run.output))
-            print(f"train: {'from ' + str(last) if last else 'from the beginning'}")
-            epochs = " + ".join(f"{count:.1f}" for count in dataset.epochs(job.run.num_steps))
-            print(
-                f"train: {len(dataset):,} samples in {len(dataset) / job.data.batch_size:,.1f} batches an epoch, "
-                f"{job.run.num_steps:,} steps ({epochs} epochs) -> {job.run.output}"
-            )
-            for quality in dataset.quality():
-                print(f"train: {quality}")
+        rehearse(job)
         return
-    print(f"checkpoint: {training.run(job)}")
+    encode_prompts(job)
+    last = _launch(job) if job.run.num_workers else training.run(job)
+    if ranks.is_first():
+        print(f"checkpoint: {last}")
+
+
+def _launch(job: Train) -> Path:
+    if os.environ.get("RAY_ADDRESS"):
+        show_token()
+    try:
+        from jobs.workers import launch
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        raise ConfigError(
+            "run.num_workers: expected Ray, which starts the workers, found none installed; "
+            "pip install 'pixart-toolkit[data]', or leave the key out and type torchrun --no-python pixart train"
+        ) from error
+    return launch(job)
+
+
+def rehearse(job: Train) -> None:
+    """Do everything that comes before the first step and writes nothing, and print the arithmetic of the job."""
+    by_class = job.model.condition == "class"
+    classes = job.model.num_classes if by_class else None
+    with contextlib.closing(open_dataset(job.data, job.run.seed, classes)) as dataset:
+        dataset.require(job.model)
+        if not by_class:
+            dataset.null_caption()
+        for line in rehearsal.lines(job, dataset) if ranks.is_first() else ():
+            print(f"train: {line}")

@@ -107,6 +107,34 @@ def _write_over(path: Path, text: bytes) -> None:
         file.truncate()
 
 
+@dataclass(frozen=True)
+class Holder:
+    """Who holds an output directory, or held it last.
+
+    Attributes:
+        name: Machine and process, for people.
+        released: Whether it has let go.
+        is_alive: Whether it has not, and shows signs of life.
+    """
+
+    name: str
+    released: bool
+    is_alive: bool
+
+
+def last_holder(root: Path) -> Holder | None:
+    """Return who holds a local output directory or held it last, None if nobody ever did; nothing is changed."""
+    numbers = _numbers(root)
+    claim = _read(root, numbers[-1]) if numbers else None
+    if claim is None:
+        return None
+    alive = not claim.released and is_alive(claim.process)
+    if alive and claim.process.split(".")[0] != process_name().split(".")[0]:
+        with contextlib.suppress(OSError):  # of another machine the last sign of life is all that is known
+            alive = time.time() - _path(root, numbers[-1]).stat().st_mtime < EXPIRE_S
+    return Holder(claim.holder, claim.released, alive)
+
+
 @contextlib.contextmanager
 def output_lock(root: Path) -> Iterator[Lease]:
     """Hold an output directory for one run.

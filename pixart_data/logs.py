@@ -14,11 +14,15 @@ class JsonFormatter(logging.Formatter):
     """Renders a record as one line: time (UTC), level, command, logger, message, and the `fields` it was logged with.
 
     A record carries fields if it was logged with `extra={"fields": {...}}`; they become keys of the object.
+
+    Args:
+        rank: Of this process among several that run the same command; those after the first say it in each line.
     """
 
-    def __init__(self, command: str) -> None:
+    def __init__(self, command: str, rank: int = 0) -> None:
         super().__init__()
         self._command = command
+        self._rank = {"rank": rank} if rank else {}
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line, without a line break."""
@@ -27,6 +31,7 @@ class JsonFormatter(logging.Formatter):
             "time": time,
             "level": record.levelname.lower(),
             "command": self._command,
+            **self._rank,
             "logger": record.name,
             "message": record.getMessage(),
             **getattr(record, "fields", {}),
@@ -36,21 +41,26 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, ensure_ascii=False, default=str)
 
 
-def talk(packages: Iterable[str], command: str, verbose: bool, as_json: bool) -> None:
+def talk(packages: Iterable[str], command: str, verbose: bool, as_json: bool, rank: int = 0) -> None:
     """Send the log to stderr, and as JSON also what Python itself would print there: warnings and tracebacks.
 
     Args:
         packages: Loggers of the toolkit; others are heard from warnings on.
         verbose: Debug messages of the toolkit, too.
+        rank: Of this process among several that run the same command: those after the first are heard from warnings
+            on, or with `verbose`, and each of their lines is marked.
     """
-    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S", force=as_json)
+    mark = f"[rank {rank}] " if rank else ""
+    line = f"%(asctime)s {mark}%(message)s"
+    logging.basicConfig(stream=sys.stderr, format=line, datefmt="%Y-%m-%d %H:%M:%S", force=as_json)
     if as_json:
         for handler in logging.getLogger().handlers:
-            handler.setFormatter(JsonFormatter(command))
+            handler.setFormatter(JsonFormatter(command, rank))
         logging.captureWarnings(True)
         sys.excepthook = _log_exception
+    level = logging.DEBUG if verbose else logging.WARNING if rank else logging.INFO
     for package in packages:
-        logging.getLogger(package).setLevel(logging.DEBUG if verbose else logging.INFO)
+        logging.getLogger(package).setLevel(level)
 
 
 def is_json() -> bool:

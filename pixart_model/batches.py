@@ -18,6 +18,7 @@ from torch import Tensor
 from pixart_data.codecs import Codec
 from pixart_data.shards import FeatureSet
 from pixart_model.buffers import Buffers
+from pixart_model.packing import Packed
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +74,7 @@ class Batch(_Samples):
         mask: bool (B, L), True on true tokens.
         size_px: fp32 (B, 2): original height and width.
         ratio: fp32 (B,): height / width of the bucket, with its two decimals.
+        labels: int64 (B,): the class of each sample, or None; with classes, `text` and `mask` hold no token.
     """
 
     moments: Tensor
@@ -80,6 +82,7 @@ class Batch(_Samples):
     mask: Tensor
     size_px: Tensor
     ratio: Tensor
+    labels: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,16 +90,24 @@ class PackedBatch(_Samples):
     """Samples of one bucket, for a model that takes captions one after the other.
 
     Attributes:
-        moments, size_px, ratio: As in `Batch`.
+        moments, size_px, ratio, labels: As in `Batch`.
         text: bf16 (N, D).
-        offsets: int64 (B + 1,): the caption of sample i is `text[offsets[i] : offsets[i + 1]]`.
+        offsets: int32 (B + 1,): the caption of sample i is `text[offsets[i] : offsets[i + 1]]`.
+        lengths: The n_i, on the host.
     """
 
     moments: Tensor
     text: Tensor
     offsets: Tensor
+    lengths: tuple[int, ...]
     size_px: Tensor
     ratio: Tensor
+    labels: Tensor | None = None
+
+    @property
+    def captions(self) -> Packed:
+        """The captions as the model takes them."""
+        return Packed(self.text, self.offsets, self.lengths)
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,10 +164,11 @@ class HostBatch(_Samples):
         step: The number of the batch in the global order.
         moments: fp16 (B, 2, C, H, W): posterior mean and standard deviation, unscaled.
         texts: The captions, by the text set that they come from.
-        lengths: int64 (B,): tokens of each caption.
+        lengths: int64 (B,): tokens of each caption; 0 with classes.
         size_px: fp32 (B, 2): original height and width.
         ratio: fp32 (B,): height / width of the bucket, with its two decimals.
         skipped: Of samples that are damaged and were replaced by others of the batch, what was wrong with each.
+        labels: int64 (B,): the class of each sample, of a dataset that was opened with classes, or None.
     """
 
     step: int
@@ -166,13 +178,14 @@ class HostBatch(_Samples):
     size_px: Tensor
     ratio: Tensor
     skipped: tuple[str, ...] = ()
+    labels: Tensor | None = None
     _buffers: Buffers | None = field(default=None, repr=False)
     _turn: int = 0
 
     def __reduce__(self) -> tuple[type["HostBatch"], tuple[object, ...]]:
         self._require_valid()
         tensors = (self.moments, self.texts, self.lengths, self.size_px, self.ratio)
-        return HostBatch, (self.names, self.step, *tensors, self.skipped)
+        return HostBatch, (self.names, self.step, *tensors, self.skipped, self.labels)
 
     @overload
     def to(self, device: torch.device, packed: Literal[False] = False) -> Batch: ...
@@ -186,19 +199,26 @@ class HostBatch(_Samples):
             RuntimeError: If the batch is no longer valid.
         """
         self._require_valid()
-        longest, total = int(self.lengths.max()), int(self.lengths.sum())
         texts = [captions.to(device) for captions in self.texts]
-        rest = [one.to(device, non_blocking=True, copy=True) for one in (self.moments, self.size_px, self.ratio)]
+        moments, size_px, ratio = (
+            one.to(device, non_blocking=True, copy=True) for one in (self.moments, self.size_px, self.ratio)
+        )
+        labels = None if self.labels is None else self.labels.to(device, non_blocking=True, copy=True)
         lengths = self.lengths.to(device, non_blocking=True)  # (B,)
         if packed:
-            offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))  # (B + 1,)
-            text = _placed(texts, offsets[:-1], total)  # (N, D)
-            result: Batch | PackedBatch = PackedBatch(self.names, rest[0], text, offsets, rest[1], rest[2])
+            offsets = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))  # (B + 1,)
+            on_host = tuple(self.lengths.tolist())
+            text = _placed(texts, offsets[:-1], sum(on_host))  # (N, D)
+            result: Batch | PackedBatch = PackedBatch(
+                self.names, moments, text, offsets, on_host, size_px, ratio, labels
+            )
         else:
+            longest = int(self.lengths.max())
             starts = torch.arange(len(self), device=device) * longest
-            text = _placed(texts, starts, len(self) * longest).view(len(self), longest, -1)  # (B, L, D)
+            text = _placed(texts, starts, len(self) * longest)  # (B L, D)
+            text = text.view(len(self), longest, text.shape[-1])  # (B, L, D)
             mask = torch.arange(longest, device=device) < lengths[:, None]  # (B, L)
-            result = Batch(self.names, rest[0], text, mask, rest[1], rest[2])
+            result = Batch(self.names, moments, text, mask, size_px, ratio, labels)
         if self._buffers is not None:
             self._buffers.guard(device)
         return result
@@ -210,7 +230,8 @@ class HostBatch(_Samples):
 
 def _placed(texts: Sequence[Captions], starts: Tensor, num_rows: int) -> Tensor:
     """Return all captions in one tensor (num_rows, D), caption i from row `starts[i]` on, zeros elsewhere."""
-    text = torch.zeros(num_rows, texts[0].codec.width, dtype=torch.bfloat16, device=starts.device)
+    width = texts[0].codec.width if texts else 0
+    text = torch.zeros(num_rows, width, dtype=torch.bfloat16, device=starts.device)
     for captions in texts:
         text.index_copy_(0, captions.places(starts), captions.decode())
     return text

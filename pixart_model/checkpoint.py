@@ -1,50 +1,53 @@
 """Checkpoints: complete, atomic, and enough to sample from without the dataset.
 
 A checkpoint is a directory `step_00001000/` in the run's directory. It is written under a temporary name, flushed and
-renamed, so one that can be seen is whole:
+renamed when all processes have written their part, so one that can be seen is whole:
 
     model.safetensors         the weights, fp32, under the reference's names
     ema.safetensors           their moving average
-    null_caption.safetensors  `t5`, bf16 (n, D): the features of the empty caption
-    state.pt                  the optimizer and the place in the data; the noise of a step follows from seed and step
+    null_caption.safetensors  `t5`, bf16 (n, D): what replaces a dropped caption; not with `condition = "class"`
+    optimizer/*.safetensors   its state by names of weights, a file of each process (torch.distributed.checkpoint)
     config.toml               the job file with every default
-    meta.json                 step, model, encoders of the features with their revisions, versions
+    meta.json                 step, place in the data, model, features and their revisions, versions; size and sha256
+                              of every other file
+
+There is no state of random generators: all randomness of a step follows from the seed and the number of the batch.
+Nothing here is a pickle. `savers` writes checkpoints, `states` brings them back into training; here are those who read
+them.
 """
 
 import contextlib
 import json
 import logging
 import os
-import pickle
 import re
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pixart_data.errors import ConfigError, DataError, JobError
+from pixart_data.commits import PublishedFile, file_sha256
+from pixart_data.config import digest
+from pixart_data.errors import ConfigError, DataError
 from pixart_data.retries import storage
-from pixart_data.storage import make_dir, sync_dir
 from pixart_model.conversion import require_keys
-from pixart_model.model import PixArt
+from pixart_model.networks import Network, build
+from pixart_model.nulls import NullCaption
 from pixart_model.sizes import Model
 
-META, MODEL, EMA, NULL_CAPTION, STATE, CONFIG = (
-    "meta.json", "model.safetensors", "ema.safetensors", "null_caption.safetensors", "state.pt", "config.toml",
+META, MODEL, EMA, NULL_CAPTION, OPTIMIZER, CONFIG = (
+    "meta.json", "model.safetensors", "ema.safetensors", "null_caption.safetensors", "optimizer", "config.toml",
 )  # fmt: skip
+TEMPORARY = ".tmp-"
 _FORMAT = "pixart-checkpoint"
-_VERSION = 1
-_TEMPORARY = ".tmp-"
+_VERSION = 2
 _NAME = re.compile(r"step_(\d{8,})")
-_OS_ERROR = re.compile(r"os error (\d+)")
-_DAMAGED = (SafetensorError, pickle.UnpicklingError)
+_ADVICE = "delete the checkpoint's folder to use the one before"
 _log = logging.getLogger(__name__)
 
 
@@ -58,124 +61,33 @@ class Meta:
         features: What `Dataset.facts` says of the training data: `image` and `text`, each with `model` (id, revision,
             scaling_factor ...), `policy` and `index_sha256`; `resolution_px`; `counts`.
         resumes: What a job must agree on to continue from here.
+        position: `seed`, `step` and `batch`, the number of the next batch: data and randomness go on from there.
+        world: What it was trained on, for the reader's information: such as `size`, `parallel`, `dtype`.
+        null_caption: How long the null caption is: `own_length`, `caption_length` (the reference's table, cut at the
+            length of the caption that it replaces), or None with `condition = "class"`. `Saver` fills this in.
         versions: Of the libraries that wrote it.
+        files: Of all other files of the checkpoint. `Saver` fills this in.
     """
 
     step: int
     model: dict[str, Any]
     features: dict[str, Any]
     resumes: dict[str, Any]
+    position: dict[str, int] = field(default_factory=dict)
+    world: dict[str, Any] = field(default_factory=dict)
+    null_caption: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
-    format: str = _FORMAT
-    version: int = _VERSION
+    files: tuple[PublishedFile, ...] = ()
 
     @property
     def model_config(self) -> Model:
         """The `model` section."""
         return Model.model_validate(self.model)
 
-
-@dataclass(frozen=True)
-class Snapshot:
-    """Everything in a checkpoint.
-
-    Attributes:
-        meta: What it is.
-        model: The weights by name.
-        ema: Their moving average.
-        null_caption: bf16 (n, D).
-        training: `optimizer` and `position`: tensors, numbers, strings, lists and dicts only.
-        job_toml: The job file.
-    """
-
-    meta: Meta
-    model: dict[str, Tensor]
-    ema: dict[str, Tensor]
-    null_caption: Tensor
-    training: dict[str, Any]
-    job_toml: str
-
-
-def save(run_dir: Path, snapshot: Snapshot, keep_last: int) -> Path:
-    """Write a checkpoint, then delete all but the last `keep_last`; returns the checkpoint's directory.
-
-    A checkpoint of the same step is left as it is.
-
-    Raises:
-        JobError: If the storage fails, in one line; nothing half-written can be mistaken for a checkpoint.
-    """
-    final = run_dir / f"step_{snapshot.meta.step:08d}"
-    if not final.exists():
-        make_dir(run_dir)
-        with storage(run_dir):
-            staged = Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY}{final.name}-", dir=run_dir))
-        try:
-            _write(staged, snapshot)
-            with storage(final):
-                staged.chmod(0o755)
-                os.rename(staged, final)
-                sync_dir(run_dir)
-        except BaseException:
-            shutil.rmtree(staged, ignore_errors=True)
-            raise
-    prune(run_dir, keep_last)
-    return final
-
-
-def load(path: Path) -> Snapshot:
-    """Read a whole checkpoint onto the CPU.
-
-    Raises:
-        DataError: If a file is missing or damaged, or a weight is missing, surplus or of another shape.
-    """
-    meta = read_meta(path)
-    weights, average = (load_weights(path, use_ema) for use_ema in (False, True))
-    with _reading(path / STATE):
-        training = torch.load(path / STATE, map_location="cpu", weights_only=True)
-        job_toml = (path / CONFIG).read_text()
-    return Snapshot(meta, weights, average, load_null_caption(path), training, job_toml)
-
-
-def load_model(path: Path, use_ema: bool, device: torch.device, dtype: torch.dtype) -> PixArt:
-    """Build the model of a checkpoint, for sampling: in evaluation mode, without gradients.
-
-    Raises:
-        DataError: As `load` does.
-    """
-    with torch.device("meta"):
-        model = PixArt(read_meta(path).model_config)
-    model.load_state_dict(load_weights(path, use_ema), strict=True, assign=True)
-    return model.to(device, dtype).eval().requires_grad_(False)
-
-
-def load_weights(path: Path, use_ema: bool) -> dict[str, Tensor]:
-    """Return the weights of a checkpoint or their moving average, complete.
-
-    Raises:
-        DataError: If a weight is missing, surplus or of another shape, naming it.
-    """
-    file = path / (EMA if use_ema else MODEL)
-    with _reading(file):
-        weights: dict[str, Tensor] = load_file(file)
-    with torch.device("meta"):
-        expected = PixArt(read_meta(path).model_config).state_dict()
-    require_keys(str(file), set(expected), set(weights))
-    for name, tensor in expected.items():
-        if weights[name].shape != tensor.shape:
-            found = f"{tuple(tensor.shape)}, found {tuple(weights[name].shape)}"
-            raise DataError(f"{file}: {name}: expected shape {found}; is it of another model configuration?")
-    return weights
-
-
-def load_null_caption(path: Path) -> Tensor:
-    """Return the features of the empty caption that a checkpoint carries, bf16 (n, D).
-
-    Raises:
-        DataError: If the file is missing or damaged.
-    """
-    with _reading(path / NULL_CAPTION):
-        tensor: Tensor = load_file(path / NULL_CAPTION)["t5"]
-    return tensor
+    def to_json(self) -> str:
+        """Return the content of `meta.json`, which vouches for itself."""
+        fields = {"format": _FORMAT, "version": _VERSION, **asdict(self)}
+        return json.dumps({**fields, "sha256": digest(fields)}, indent=1)
 
 
 def read_meta(path: Path) -> Meta:
@@ -184,13 +96,108 @@ def read_meta(path: Path) -> Meta:
     Raises:
         DataError: If that cannot be read, or it is of another format or version.
     """
-    with _reading(path / META):
-        fields = json.loads((path / META).read_text())
-        if (fields.get("format"), fields.get("version")) != (_FORMAT, _VERSION):
-            raise ValueError(f"expected {_FORMAT} version {_VERSION}, found {fields.get('format')}")
+    file = path / META
+    with reading(file):
+        fields = json.loads(file.read_text())
+        _require_version(path, fields)
+        sha256 = fields.pop("sha256")
+        if sha256 != digest(fields):
+            raise ValueError("its sha256 is another")
+        del fields["format"], fields["version"]
+        fields["files"] = tuple(PublishedFile(**entry) for entry in fields["files"])
         meta = Meta(**fields)
         meta.model_config  # noqa: B018 - complains
     return meta
+
+
+def _require_version(path: Path, fields: Mapping[str, Any]) -> None:
+    kind, version = fields.get("format"), fields.get("version")
+    if kind != _FORMAT:
+        raise ValueError(f"expected {_FORMAT}, found {kind}")
+    if version == _VERSION:
+        return
+    advice = "it was written by a newer version of this toolkit: use that one"
+    if isinstance(version, int) and version < _VERSION:
+        advice = f'choose another run.output, and init.weights = "{path / EMA}" to begin with what it learnt'
+    raise DataError(f"{path / META}: expected version {_VERSION} of checkpoints, found version {version}; {advice}")
+
+
+def load_model(path: Path, use_ema: bool, device: torch.device, dtype: torch.dtype) -> Network:
+    """Build the model of a checkpoint, for sampling: in evaluation mode, without gradients.
+
+    Raises:
+        DataError: As `load_weights` does.
+    """
+    with torch.device("meta"):
+        model = build(read_meta(path).model_config)
+    model.load_state_dict(load_weights(path, use_ema), strict=True, assign=True)
+    return model.to(device, dtype).eval().requires_grad_(False)
+
+
+def load_weights(path: Path, use_ema: bool) -> dict[str, Tensor]:
+    """Return the weights of a checkpoint or their moving average, complete, on the CPU.
+
+    Raises:
+        DataError: If the file is missing or damaged, or a weight is missing, surplus or of another shape, naming it.
+    """
+    meta = read_meta(path)
+    with torch.device("meta"):
+        expected = build(meta.model_config).state_dict()
+    name = EMA if use_ema else MODEL
+    require_fit(path / name, expected)
+    require_intact(path, meta, name)
+    with reading(path / name), safe_open(path / name, "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dict
+
+
+def load_null_caption(path: Path) -> NullCaption | None:
+    """Return the null caption that a checkpoint carries; None of a model of classes, which has none.
+
+    Raises:
+        DataError: If the file is missing or damaged.
+    """
+    meta = read_meta(path)
+    if meta.null_caption is None:
+        return None
+    require_intact(path, meta, NULL_CAPTION)
+    with reading(path / NULL_CAPTION), safe_open(path / NULL_CAPTION, "pt") as file:
+        return NullCaption(file.get_tensor("t5"), meta.null_caption == CONVENTIONS[True])
+
+
+CONVENTIONS = {False: "own_length", True: "caption_length"}
+"""Of null captions, by `NullCaption.follows_caption`."""
+
+
+def require_fit(file: Path, expected: Mapping[str, Tensor]) -> None:
+    """Check by the head of a file that it has the tensors which are expected.
+
+    Raises:
+        DataError: If it is missing or damaged, or a tensor is missing, surplus, of another shape or type, naming it.
+    """
+    with reading(file), safe_open(file, "pt") as source:
+        require_keys(str(file), set(expected), set(source.keys()))
+        for name, tensor in expected.items():
+            shape = tuple(source.get_slice(name).get_shape())
+            if shape != tuple(tensor.shape):
+                found = f"{tuple(tensor.shape)}, found {shape}"
+                raise DataError(f"{file}: {name}: expected shape {found}; is it of another model configuration?")
+
+
+def require_intact(path: Path, meta: Meta, name: str) -> None:
+    """Check that a file of a checkpoint is what was written, by its size and sha256.
+
+    Raises:
+        DataError: If it is not.
+    """
+    wanted = next((file for file in meta.files if file.path == name), None)
+    with reading(path / name):
+        size_bytes = (path / name).stat().st_size
+        if wanted is None:
+            raise ValueError("meta.json does not know it")
+        if size_bytes != wanted.size_bytes:
+            raise ValueError(f"expected {wanted.size_bytes:,} bytes, found {size_bytes:,}")
+        if file_sha256(path / name) != wanted.sha256:
+            raise ValueError("its sha256 is another than when it was written")
 
 
 def latest(run_dir: Path) -> Path | None:
@@ -212,12 +219,18 @@ def find(path: Path) -> Path:
 
 
 def prune(run_dir: Path, keep_last: int) -> None:
-    """Delete a run's checkpoints but the last `keep_last`, and what killed runs left behind."""
+    """Delete a run's checkpoints but the last `keep_last`, at least one, and what killed runs left behind.
+
+    Nothing of the run may be being written.
+
+    Raises:
+        JobError: If the storage fails.
+    """
     with storage(run_dir):
-        for path in _checkpoints(run_dir)[:-keep_last]:
-            os.rename(path, path.with_name(f"{_TEMPORARY}{path.name}-old"))
+        for path in _checkpoints(run_dir)[: -max(1, keep_last)]:
+            os.rename(path, path.with_name(f"{TEMPORARY}{path.name}-old"))
             _log.info("deleted %s", path)
-        for path in run_dir.glob(f"{_TEMPORARY}step_*"):
+        for path in run_dir.glob(f"{TEMPORARY}step_*"):
             shutil.rmtree(path)
 
 
@@ -226,47 +239,16 @@ def _checkpoints(run_dir: Path) -> list[Path]:
     return sorted((path for path, match in steps.items() if match), key=lambda path: int(path.name[5:]))
 
 
-def _write(staged: Path, snapshot: Snapshot) -> None:
-    tensors = {MODEL: snapshot.model, EMA: snapshot.ema, NULL_CAPTION: {"t5": snapshot.null_caption}}
-    for name, weights in tensors.items():
-        with _writing(staged / name):
-            save_file({key: tensor.detach().contiguous() for key, tensor in weights.items()}, staged / name)
-    with _writing(staged / STATE), (staged / STATE).open("wb") as file:
-        torch.save(snapshot.training, file)
-    texts = {CONFIG: snapshot.job_toml, META: json.dumps(asdict(snapshot.meta), indent=1)}
-    for name, text in texts.items():
-        with _writing(staged / name):
-            (staged / name).write_text(text)
-    with storage(staged):
-        for path in staged.iterdir():
-            path.chmod(0o644)
-            sync_dir(path)
-        sync_dir(staged)
-
-
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Like `storage`, also where safetensors or torch hide the operating system's error in one of their own."""
-    with storage(path):
-        try:
-            yield
-        except SafetensorError as error:
-            found = _OS_ERROR.search(str(error))
-            if not found:
-                raise
-            raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
-        except RuntimeError as error:
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise JobError(f"{path}: cannot write: {error}; check the storage, then run again") from error
+def reading(path: Path) -> Iterator[None]:
+    """Turn whatever fails in reading a part of a checkpoint into one line that names it.
 
-
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
+    Raises:
+        DataError: If it is missing or damaged.
+    """
     try:
         yield
     except FileNotFoundError:
         raise DataError(f"{path}: missing from the checkpoint; delete its folder to use the one before") from None
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, EOFError, *_DAMAGED) as error:
-        what = str(error)[:200]
-        raise DataError(f"{path}: damaged ({what}); delete the checkpoint's folder to use the one before") from error
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, EOFError, SafetensorError) as error:
+        raise DataError(f"{path}: damaged ({str(error)[:200]}); {_ADVICE}") from error

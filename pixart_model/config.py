@@ -5,7 +5,7 @@ docstring says what the repository has. What the paper does not give is the repo
 """
 
 import re
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -183,7 +183,8 @@ class Grid(Section):
     """Pictures drawn from the moving average, always for the same prompts and seeds."""
 
     num_images: int = Field(default=0, ge=0)
-    """0 draws none. Of more than there are prompts, the others are captions of the dataset."""
+    """0 draws none; unset, one for each of `prompts`. Of more than there are prompts, the others are captions of the
+    dataset; with `model.condition = "class"`, they are of classes spread evenly."""
     prompts: list[str] = []
     """What to draw; the text encoder of the features encodes them once, when the run starts."""
     every: int | None = Field(default=None, ge=1)
@@ -194,6 +195,22 @@ class Grid(Section):
     """Scale of classifier-free guidance; 1 is none."""
     vae: ModelId | None = None
     """Decodes the latents; unset, the model that the image set's manifest names."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_for_each_prompt(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "num_images" not in given and isinstance(given.get("prompts"), list):
+            return {**given, "num_images": len(given["prompts"])}
+        return given
+
+    @model_validator(mode="after")
+    def _draws_each_prompt(self) -> Self:
+        if self.num_images and len(self.prompts) > self.num_images:
+            raise ValueError(
+                f"num_images: expected at least {len(self.prompts)}, one for each prompt, or 0 for none, got "
+                f"{self.num_images}; leave it out, or some prompts"
+            )
+        return self
 
 
 class Cost(Section):

@@ -3,7 +3,8 @@
 Nothing is computed: tensors are renamed, and fused projections are cut along their first axis or joined again.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -36,35 +37,72 @@ _INSIDE: dict[str, tuple[str, ...]] = {
     "mlp.fc1": ("ff.net.0.proj",),
     "mlp.fc2": ("ff.net.2",),
 }
+_BLOCK = re.compile(r"(?:transformer_)?blocks\.(\d+)\.")
+_DIFFUSERS = "diffusers' PixArtTransformer2DModel"
 
 
-def to_diffusers(weights: dict[str, Tensor], config: Model) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def to_diffusers(weights: Mapping[str, Tensor], config: Model) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the weights under diffusers' names, and the configuration to build its model with.
+
+    The tensors are views of those given: nothing is copied.
 
     Raises:
         DataError: If a weight is missing or surplus, naming it.
         ConfigError: If diffusers' class cannot express the model.
     """
-    if config.mlp_ratio != 4:
-        raise ConfigError(f"model.mlp_ratio: diffusers' PixArtTransformer2DModel has 4, got {config.mlp_ratio}")
-    names = dict(_names(config))
+    require_expressible(config)
+    names = dict(_names(config.depth, config.micro_conditioning))
     require_keys("weights", set(names), set(weights))
-    converted = {}
+    converted: dict[str, Tensor] = {}
     for native, targets in names.items():
-        for target, part in zip(targets, weights[native].chunk(len(targets)), strict=True):
-            converted[target] = part.clone(memory_format=torch.contiguous_format)
+        converted.update(zip(targets, weights[native].chunk(len(targets)), strict=True))
     return converted, _diffusers_config(config)
 
 
-def from_diffusers(weights: dict[str, Tensor], config: Model) -> dict[str, Tensor]:
+def from_diffusers(weights: Mapping[str, Tensor], config: Model) -> dict[str, Tensor]:
     """Return diffusers' weights under the reference's names.
 
     Raises:
         DataError: If a weight is missing or surplus, naming it.
     """
-    names = dict(_names(config))
-    require_keys("weights of diffusers", {target for targets in names.values() for target in targets}, set(weights))
-    return {native: torch.cat([weights[target] for target in targets]) for native, targets in names.items()}
+    return _joined("weights of diffusers", weights, config.depth, config.micro_conditioning)
+
+
+def native(where: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return diffusers' weights under the reference's names; what model they are of is read off their own names.
+
+    Raises:
+        DataError: If a weight is missing or surplus, naming it.
+    """
+    return _joined(where, weights, num_blocks(weights), any(".resolution_embedder." in name for name in weights))
+
+
+def is_diffusers(names: Iterable[str]) -> bool:
+    """Tell diffusers' names from the reference's."""
+    return any(name.startswith(("transformer_blocks.", "adaln_single.", "pos_embed.proj.")) for name in names)
+
+
+def num_blocks(names: Iterable[str]) -> int:
+    """Return how many blocks weights with such names have, gaps included."""
+    found = (_BLOCK.match(name) for name in names)
+    return 1 + max((int(match[1]) for match in found if match), default=-1)
+
+
+def require_expressible(config: Model) -> None:
+    """Check that diffusers' class can hold a model.
+
+    Raises:
+        ConfigError: Naming the first key of it that it has no place for.
+    """
+    for key, has, found in (
+        ("condition", "captions", config.condition == "class" and "classes (DiT)"),
+        ("mlp_ratio", "4", config.mlp_ratio != 4 and config.mlp_ratio),
+        ("modulation", '"single"', config.modulation != "single" and f'"{config.modulation}"'),
+        ("qk_norm", "none", config.qk_norm and "one"),
+        ("kv_compression", "none", config.kv_compression is not None and f'"{config.kv_compression}"'),
+    ):
+        if found:
+            raise ConfigError(f"model.{key}: {_DIFFUSERS} has {has}, got {found}; convert with --to pth or safetensors")
 
 
 def require_keys(where: str, expected: set[str], found: set[str]) -> None:
@@ -78,18 +116,55 @@ def require_keys(where: str, expected: set[str], found: set[str]) -> None:
             raise DataError(f"{where}: {min(names)} {what} ({len(names)} such); is it of another model configuration?")
 
 
-def _names(config: Model) -> Iterator[tuple[str, tuple[str, ...]]]:
-    outside = _OUTSIDE | (_MICRO if config.micro_conditioning else {})
-    pairs: list[tuple[str, tuple[str, ...]]] = [(native, (target,)) for native, target in outside.items()]
-    for i in range(config.depth):
-        for native, targets in _INSIDE.items():
-            pairs.append((f"blocks.{i}.{native}", tuple(f"transformer_blocks.{i}.{target}" for target in targets)))
+def require_weights(where: str, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Check that weights are those of a model, each of its shape, and floating-point numbers.
+
+    Args:
+        where: Names the file, for messages.
+        expected: The model's own, which may be on the meta device.
+        found: What is to be loaded into it.
+
+    Raises:
+        DataError: Naming the first that is missing, surplus, of another shape or of another kind.
+    """
+    require_keys(where, set(expected), set(found))
+    for name, tensor in expected.items():
+        if found[name].shape != tensor.shape:
+            shapes = f"{tuple(tensor.shape)}, found {tuple(found[name].shape)}"
+            raise DataError(f"{where}: {name}: expected shape {shapes}; is it of another model configuration?")
+        if not found[name].is_floating_point() or found[name].layout is not torch.strided:
+            kind = str(found[name].dtype if found[name].layout is torch.strided else found[name].layout)
+            raise DataError(
+                f"{where}: {name}: expected floating-point numbers, found {kind.removeprefix('torch.')}; "
+                "give weights that are neither quantised nor sparse"
+            )
+
+
+def _joined(where: str, weights: Mapping[str, Tensor], depth: int, micro: bool) -> dict[str, Tensor]:
+    names = dict(_names(depth, micro))
+    require_keys(where, {target for targets in names.values() for target in targets}, set(weights))
+    joined = {}
+    for name, targets in names.items():
+        parts = [weights[target] for target in targets]
+        if any(part.shape != parts[0].shape for part in parts):
+            shapes = f"{tuple(parts[0].shape)} as {targets[0]}, found {[tuple(part.shape) for part in parts[1:]]}"
+            raise DataError(f"{where}: {targets[1]}: expected shape {shapes}; is it of another model configuration?")
+        joined[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return joined
+
+
+def _names(depth: int, micro: bool) -> Iterator[tuple[str, tuple[str, ...]]]:
+    outside = _OUTSIDE | (_MICRO if micro else {})
+    pairs: list[tuple[str, tuple[str, ...]]] = [(name, (target,)) for name, target in outside.items()]
+    for i in range(depth):
+        for name, targets in _INSIDE.items():
+            pairs.append((f"blocks.{i}.{name}", tuple(f"transformer_blocks.{i}.{target}" for target in targets)))
         table = f"blocks.{i}.scale_shift_table"
         yield table, (f"transformer_blocks.{i}.scale_shift_table",)
     yield "final_layer.scale_shift_table", ("scale_shift_table",)
-    for native, targets in pairs:
+    for name, targets in pairs:
         for kind in ("weight", "bias"):
-            yield f"{native}.{kind}", tuple(f"{target}.{kind}" for target in targets)
+            yield f"{name}.{kind}", tuple(f"{target}.{kind}" for target in targets)
 
 
 def _diffusers_config(config: Model) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """Gaussian diffusion: the noise schedule, the forward process and the training loss.
 
 Legend: x clean latents; x_t noisy ones; t timestep, 0 to 999; beta the noise of a step; alpha_bar the share of signal
-power left at t; eps noise; q the true process and its posterior; v the model's variance output, from -1 to 1.
+power left at t; snr signal over noise, in power; eps noise; q the true process and its posterior; v the model's
+variance output, from -1 to 1 where it has learned, and not clamped before.
 Source: DDPM (arXiv:2006.11239); improved DDPM (arXiv:2102.09672) for the learned variance; arithmetic as in the
-PixArt reference: schedule in float64, loss in fp32.
+PixArt reference, but for the bound, which is summed in float64.
 """
 
 import hashlib
@@ -37,6 +38,7 @@ class Diffusion:
         tables = {
             "signal": alpha_bar.sqrt(),
             "noise": (1 - alpha_bar).sqrt(),
+            "snr": alpha_bar / (1 - alpha_bar),
             "mean_x": beta * before.sqrt() / (1 - alpha_bar),  # weight of x in the posterior mean
             "mean_x_t": (1 - before) * (1 - beta).sqrt() / (1 - alpha_bar),  # weight of x_t in it
             "min_log_variance": torch.cat([variance[1:2], variance[1:]]).log(),
@@ -46,13 +48,26 @@ class Diffusion:
 
     def q_sample(self, x: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """Add noise: x and eps (B, C, H, W), t (B,) whole timesteps; returns x_t (B, C, H, W)."""
-        return self._at("signal", t) * x + self._at("noise", t) * eps
+        return self._at("signal", t).float() * x + self._at("noise", t).float() * eps
 
-    def loss(self, out: Tensor, x: Tensor, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """Return the training loss of each sample, (B,), in fp32.
+    def loss(
+        self, out: Tensor, x: Tensor, x_t: Tensor, t: Tensor, eps: Tensor, min_snr_gamma: float | None = None
+    ) -> Tensor:
+        """Return the training loss of each sample, (B,), in fp32: the sum of its two `terms`.
 
-        The squared error of the noise, plus the variational bound in bits per dimension, through which only the
-        variance learns: the mean in it is held fixed. The two are added without weights, as in the reference.
+        They are added without weights, as in the reference: the second one then teaches the variance alone.
+        """
+        squared, bound = self.terms(out, x, x_t, t, eps, min_snr_gamma)
+        return squared + bound
+
+    def terms(
+        self, out: Tensor, x: Tensor, x_t: Tensor, t: Tensor, eps: Tensor, min_snr_gamma: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return what the loss of each sample is made of, fp32 (B,) each.
+
+        The squared error of the noise, and the variational bound in bits per dimension, through which only the
+        variance learns: the mean in it is held fixed (improved DDPM, section 3.1). At t = 0 the bound is the
+        likelihood of the latents in bins of an 8-bit image, as the reference has it, though latents have none.
 
         Args:
             out: (B, 2 C, H, W): the model's noise and variance.
@@ -60,12 +75,19 @@ class Diffusion:
             x_t: What the model saw.
             t: Whole timesteps (B,).
             eps: The noise in x_t.
+            min_snr_gamma: Weigh the squared error by min(SNR, gamma) / SNR (arXiv:2303.09556, for a model of the
+                noise); the bound is left as it is.
         """
         eps_hat, v = out.float().chunk(2, dim=1)  # (B, C, H, W) each
         squared = (eps - eps_hat).square().flatten(1).mean(1)  # (B,)
-        return squared + self._bound(eps_hat.detach(), v, x, x_t, t)
+        if min_snr_gamma is not None:
+            snr = self._tables["snr"][t]  # (B,)
+            squared = squared * (snr.clamp(max=min_snr_gamma) / snr).float()
+        return squared, self._bound(eps_hat.detach(), v, x, x_t, t).float()
 
     def _bound(self, eps_hat: Tensor, v: Tensor, x: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """In float64, for the two means nearly cancel: in fp32 the fourth digit of the bound is lost at small t."""
+        eps_hat, v, x, x_t = (one.double() for one in (eps_hat, v, x, x_t))  # (B, C, H, W) each
         x_hat = (x_t - self._at("noise", t) * eps_hat) / self._at("signal", t)
         mean_hat = self._at("mean_x", t) * x_hat + self._at("mean_x_t", t) * x_t
         mean = self._at("mean_x", t) * x + self._at("mean_x_t", t) * x_t
@@ -77,7 +99,7 @@ class Diffusion:
         return nats.flatten(1).mean(1) / math.log(2)  # (B,)
 
     def _at(self, name: str, t: Tensor) -> Tensor:
-        return self._tables[name][t].float()[:, None, None, None]  # (B, 1, 1, 1)
+        return self._tables[name][t][:, None, None, None]  # (B, 1, 1, 1)
 
 
 def _betas() -> Tensor:

@@ -1,4 +1,4 @@
-"""Pictures on one sheet: drawn during training, the same captions and seeds at every checkpoint."""
+"""Pictures on one sheet: drawn during training, always the same prompts and seeds."""
 
 import io
 import math
@@ -13,52 +13,127 @@ from pixart_data.errors import ConfigError
 from pixart_data.storage import write_atomic
 from pixart_model.config import Train
 from pixart_model.dataset import Dataset
-from pixart_model.model import PixArt
+from pixart_model.devices import resolve_dtype
+from pixart_model.networks import Network
+from pixart_model.nulls import NullCaption
+from pixart_model.parallel import World
+from pixart_model.prompts import PROMPTS, read_prompts, write_legend
 from pixart_model.sampling import sample_latents
 
 if TYPE_CHECKING:
     from PIL import Image
 
+FOLDER = "grids"
+
 
 class Painter:
-    """Draws the first captions of a dataset, on the canvas that most of its images have.
+    """Draws on the canvas that most images of a dataset have: prompts, captions of the dataset, or classes.
+
+    All processes make one and draw at the same time, for a model that is spread over them can only be called by all;
+    the first one decodes and writes.
+
+    Args:
+        job: Whose grid it is.
+        dataset: For its canvas, its captions and the VAE that made it.
+        null: What stands for no caption, or None for a model of classes.
+        world: Where this process stands among all.
+        run_dir: The run's directory.
 
     Raises:
-        ConfigError: If diffusers or Pillow is not installed, or the VAE cannot be loaded.
+        ConfigError: If diffusers or Pillow is not installed, the VAE cannot be loaded, or prompts are not encoded.
     """
 
-    def __init__(self, job: Train, dataset: Dataset, device: torch.device) -> None:
-        self.grid, self.seed = job.grid, job.run.seed
-        self.captions = dataset.first_captions(job.grid.num_images)
-        self.null_caption = dataset.null_caption()
-        self.bucket = dataset.commonest_bucket()
-        self.facts = dataset.images.manifest.model
-        self.vae = _load_vae(job.grid.vae, self.facts).to(device)
+    def __init__(self, job: Train, dataset: Dataset, null: NullCaption | None, world: World, run_dir: Path) -> None:
+        self._job, self._world, self._null = job, world, null
+        self._folder = run_dir / FOLDER
+        self._bucket = dataset.commonest_bucket()
+        self._facts = dataset.images.manifest.model
+        with world.agreed():
+            self._conditions, legend = _classes(job, dataset) if null is None else _captions(job, dataset, run_dir)
+            vae = _load_vae(job.grid.vae, self._facts)
+            if world.is_first:
+                write_legend(self._folder, _columns(len(legend)), legend)
+        self._vae = vae.to(world.device) if world.is_first else None
 
-    @torch.inference_mode()
-    def draw(self, model: PixArt, path: Path) -> None:
-        """Draw with a model and write the PNG at `path`; raises JobError if the storage fails."""
-        seeds = [self.seed + i for i in range(len(self.captions))]
-        guidance, num_steps = self.grid.guidance, self.grid.num_steps
-        latents = sample_latents(model, self.captions, self.null_caption, self.bucket, seeds, guidance, num_steps)
-        latents = latents / self.facts["scaling_factor"] + (self.facts.get("shift_factor") or 0.0)  # (B, C, H, W)
-        pictures = [_picture(self.vae.decode(z[None]).sample[0]) for z in latents]
-        buffer = io.BytesIO()
-        contact_sheet(pictures).save(buffer, format="PNG")
-        write_atomic(path, buffer.getvalue())
+    def is_due(self, step: int, saved: bool) -> bool:
+        """Tell whether to draw after a step, at which a checkpoint was `saved` or not."""
+        every = self._job.grid.every
+        return saved if every is None else step % every == 0 or step == self._job.run.num_steps
+
+    @torch.no_grad()
+    def draw(self, model: Network, step: int) -> Path:
+        """Draw with a model and return the path of the sheet, a PNG; raises JobError if the storage fails."""
+        path = self._folder / f"step_{step:08d}.png"
+        latents = self._latents(model)  # (B, C, H, W)
+        with self._world.agreed():
+            if self._vae is not None:
+                latents = latents / self._facts["scaling_factor"] + (self._facts.get("shift_factor") or 0.0)
+                pictures = [_picture(self._vae.decode(z[None]).sample[0]) for z in latents]
+                buffer = io.BytesIO()
+                contact_sheet(pictures).save(buffer, format="PNG")
+                write_atomic(path, buffer.getvalue())
+        return path
+
+    def _latents(self, model: Network) -> Tensor:
+        grid, device, count = self._job.grid, self._world.device, len(self._conditions)
+        seeds = [self._job.run.seed + i for i in range(count)]
+        dtype = resolve_dtype(self._job.run.dtype, device)
+        drawn = []
+        for start in range(0, count, self._job.data.batch_size):
+            part = slice(start, start + self._job.data.batch_size)
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+                drawn.append(
+                    sample_latents(
+                        model, self._conditions[part], self._null, self._bucket, seeds[part], grid.guidance,
+                        grid.num_steps,
+                    )
+                )  # fmt: skip
+        reshard: Any = getattr(model, "reshard", None)  # FSDP2 leaves parameters whole after a forward pass without
+        if reshard is not None:  # gradients, and whole ones can neither be averaged nor saved
+            reshard()
+        return torch.cat(drawn)
 
 
 def contact_sheet(pictures: "Sequence[Image.Image]") -> "Image.Image":
     """Lay pictures out, row by row, on a sheet about as many cells wide as high; a cell fits the largest picture."""
     from PIL import Image
 
-    columns = math.ceil(math.sqrt(len(pictures)))
+    columns = _columns(len(pictures))
     rows = math.ceil(len(pictures) / columns)
     width_px, height_px = (max(picture.size[axis] for picture in pictures) for axis in (0, 1))
     sheet = Image.new("RGB", (columns * width_px, rows * height_px), "white")
     for i, picture in enumerate(pictures):
         sheet.paste(picture, (i % columns * width_px, i // columns * height_px))
     return sheet
+
+
+def _columns(count: int) -> int:
+    return math.ceil(math.sqrt(count))
+
+
+def _captions(job: Train, dataset: Dataset, run_dir: Path) -> tuple[list[Tensor], list[str]]:
+    """Return the prompts' features, then those of captions of the dataset; and what each of them is."""
+    prompts = job.grid.prompts
+    encoded = read_prompts(run_dir, prompts, dataset.mixture.main.manifest) if prompts else []
+    if encoded is None:
+        raise ConfigError(
+            f"grid.prompts: expected them encoded in {run_dir / PROMPTS}, found none for these prompts and this text "
+            "encoder; start the run with `pixart train`, which encodes them"
+        )
+    count = job.grid.num_images - len(prompts)
+    keys = dataset.first_keys(count)
+    return [*encoded, *dataset.first_captions(count)], [*prompts, *(f"the caption of {key}" for key in keys)]
+
+
+def _classes(job: Train, dataset: Dataset) -> tuple[list[Tensor], list[str]]:
+    """Return classes spread evenly, int64 () each, and what each of them is."""
+    if job.grid.prompts:
+        raise ConfigError(
+            "grid.prompts: expected none with model.condition = 'class', found prompts; set grid.num_images instead"
+        )
+    labels = [i * job.model.num_classes // job.grid.num_images for i in range(job.grid.num_images)]
+    names = {label: f", {name}" for label, name in enumerate(dataset.classes)}
+    return [torch.tensor(label) for label in labels], [f"class {label}{names.get(label, '')}" for label in labels]
 
 
 def _load_vae(given: str | None, facts: dict[str, Any]) -> Any:

@@ -1,22 +1,32 @@
-"""The parts of the PixArt transformer, under the reference's parameter names.
+"""The parts of the transformers, under the reference's parameter names.
 
-Legend: B batch, N image tokens, L text tokens, D width of a token, H heads; x image tokens, y text tokens,
-t conditioning on time; msa is self-attention, mlp the feed-forward part. LayerNorms have no parameters.
-Source: PixArt-alpha (arXiv:2310.00426), section 2.3; DiT (arXiv:2212.09748).
+Legend: B batch, N image tokens, M text tokens of all captions, D width of a token, H heads; x image tokens, y text
+tokens, t conditioning on time; msa is self-attention, mlp the feed-forward part. LayerNorms over the residual stream
+have no parameters.
+Source: PixArt-alpha (arXiv:2310.00426), section 2.3; DiT (arXiv:2212.09748); PixArt-Sigma (arXiv:2403.04692).
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pixart_model.attention import Text
+
 _NUM_FREQUENCIES = 256
+_STREAM_EPS = 1e-6
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Return `x * (1 + scale) + shift`: x (B, N, D), the others (B, 1, D)."""
     return x * (1 + scale) + shift
+
+
+def normalize(x: Tensor) -> Tensor:
+    """Return tokens (B, N, D) with mean 0 and variance 1 over their channels."""
+    return F.layer_norm(x, x.shape[-1:], eps=_STREAM_EPS)
 
 
 def sinusoid(t: Tensor, num_channels: int = _NUM_FREQUENCIES) -> Tensor:
@@ -30,18 +40,46 @@ def sinusoid(t: Tensor, num_channels: int = _NUM_FREQUENCIES) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)  # (B, num_channels)
 
 
-def position_table(height: int, width: int, num_channels: int, base: int, scale: float) -> Tensor:
-    """Return the sine-cosine positions of a grid of tokens, (height * width, num_channels), in float64 on the CPU.
+def position_axis(num_places: int, num_channels: int, base: int, scale: float) -> Tensor:
+    """Return sines, then cosines, of places along one side, (num_places, num_channels), in float64 on the CPU.
 
-    Any aspect ratio is stretched onto the square [0, base / scale), with `base` tokens on the reference side.
-    The first half of the channels holds the column, the second half the row.
+    Any number of places is stretched onto [0, base / scale).
     """
-    omega = 10_000.0 ** -(torch.arange(num_channels // 4, dtype=torch.float64) / (num_channels // 4))
-    row = torch.arange(height, dtype=torch.float64) / (height / base) / scale
-    column = torch.arange(width, dtype=torch.float64) / (width / base) / scale
-    rows, columns = torch.meshgrid(row, column, indexing="ij")  # (height, width) each
-    angles = [axis.reshape(-1, 1) * omega for axis in (columns, rows)]  # (N, D / 4) each
-    return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)  # (N, D)
+    omega = 10_000.0 ** -(torch.arange(num_channels // 2, dtype=torch.float64) / (num_channels // 2))
+    angles = torch.arange(num_places, dtype=torch.float64)[:, None] / (num_places / base) / scale * omega
+    return torch.cat([angles.sin(), angles.cos()], dim=1)  # (num_places, num_channels)
+
+
+class Positions:
+    """Sine-cosine embeddings of grids of tokens; the first half of the channels holds the column, the second the row.
+
+    Any aspect ratio is stretched onto the square [0, base / scale), with `base` tokens on the reference side. What is
+    kept are the sides of grids, so that forty buckets cost a few MB and not as many tables. Copies and pickles of a
+    model begin with none.
+    """
+
+    def __init__(self, width: int, base: int, scale: float) -> None:
+        self._width, self._base, self._scale = width, base, scale
+        self._axes: dict[tuple[int, torch.device], Tensor] = {}
+
+    @torch.compiler.disable
+    def __call__(self, rows: int, columns: int, device: torch.device) -> Tensor:
+        """Return the embedding of a grid, fp32 (1, N, D)."""
+        row, column = self.axis(rows, device), self.axis(columns, device)  # (rows, D / 2) and (columns, D / 2)
+        grid = [column.expand(rows, -1, -1), row[:, None].expand(-1, columns, -1)]  # (rows, columns, D / 2) each
+        return torch.cat(grid, dim=2).flatten(0, 1)[None]  # (1, N, D)
+
+    def axis(self, num_places: int, device: torch.device) -> Tensor:
+        """Return the embedding of one side, fp32 (num_places, D / 2), made once for each length and device."""
+        key = (num_places, device)
+        if key not in self._axes:
+            with torch.inference_mode(mode=False):  # what sampling makes, training may use
+                side = position_axis(num_places, self._width // 2, self._base, self._scale)
+                self._axes[key] = side.to(device, torch.float32)
+        return self._axes[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_axes": {}}
 
 
 class PatchEmbed(nn.Module):
@@ -53,7 +91,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         x = self.proj(x)  # (B, D, rows, columns)
-        return x.flatten(2).transpose(1, 2)  # (B, N, D)
+        return x.flatten(2).transpose(1, 2).contiguous()  # (B, N, D), or all blocks would work across memory
 
 
 class NumberEmbed(nn.Module):
@@ -65,7 +103,7 @@ class NumberEmbed(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:  # noqa: D102
         frequencies = sinusoid(t)  # (B, 256)
-        out: Tensor = self.mlp(frequencies.to(next(self.parameters()).dtype))  # (B, D)
+        out: Tensor = self.mlp(frequencies.to(self.mlp[0].weight.dtype))  # (B, D)
         return out
 
 
@@ -83,7 +121,7 @@ class Mlp(nn.Module):
 
 
 class CaptionEmbed(nn.Module):
-    """Brings text features to the width of the model: (B, L, caption_width) -> (B, L, D)."""
+    """Brings text features to the width of the model: (..., caption_width) -> (..., D)."""
 
     def __init__(self, caption_width: int, width: int) -> None:
         super().__init__()
@@ -94,24 +132,66 @@ class CaptionEmbed(nn.Module):
         return out
 
 
-class SelfAttention(nn.Module):
-    """Attention among image tokens."""
+def modulator(width: int, num_parts: int) -> nn.Sequential:
+    """Return what makes shifts, scales and gates of time: (B, D) -> (B, num_parts D)."""
+    return nn.Sequential(nn.SiLU(), nn.Linear(width, num_parts * width))
 
-    def __init__(self, width: int, heads: int) -> None:
+
+class SelfAttention(nn.Module):
+    """Attention among image tokens, with PixArt-Sigma's two options.
+
+    Compression shortens keys and values by the same factor on both sides of the grid. Where a side is no multiple of
+    it, the last row or column is repeated, so that no image token goes unseen. `conv` and `uniform` are Sigma's.
+    Sigma's `ave` takes the nearest token, which is `uniform`; `average` is a true mean.
+
+    Args of the constructor:
+        compression: `conv`, `average`, `uniform` or None.
+        factor: Of compression, on each side.
+    """
+
+    def __init__(
+        self, width: int, heads: int, qk_norm: bool = False, compression: str | None = None, factor: int = 1
+    ) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.compression, self.factor = heads, compression, factor
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
+        self.q_norm = nn.LayerNorm(width) if qk_norm else None
+        self.k_norm = nn.LayerNorm(width) if qk_norm else None
+        if compression == "conv":
+            self.sr = nn.Conv2d(width, width, factor, factor, groups=width)
+            self.norm = nn.LayerNorm(width)
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, N, D / H) each
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Tokens (B, N, D) of a grid of so many rows and columns."""
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).unbind(2)  # (B, N, H, D / H) each
+        if self.q_norm is not None and self.k_norm is not None:
+            q = self.q_norm(q.flatten(2)).view_as(q).to(v.dtype)
+            k = self.k_norm(k.flatten(2)).view_as(k).to(v.dtype)
+        if self.compression is not None:
+            k, v = self.compress(k, grid), self.compress(v, grid)  # (B, N / factor^2, H, D / H) each
+        q, k, v = (tokens.transpose(1, 2) for tokens in (q, k, v))  # (B, H, N or less, D / H) each
         x = F.scaled_dot_product_attention(q, k, v)  # (B, H, N, D / H)
         out: Tensor = self.proj(x.transpose(1, 2).flatten(2))  # (B, N, D)
         return out
 
+    def compress(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Shorten keys or values: (B, N, H, D / H) to as many heads, each side of the grid divided and rounded up."""
+        cells = tokens.flatten(2).unflatten(1, grid).permute(0, 3, 1, 2)  # (B, D, rows, columns)
+        if self.compression == "uniform":
+            cells = cells[..., :: self.factor, :: self.factor]
+        else:
+            missing_rows, missing_columns = (-side % self.factor for side in grid)
+            cells = F.pad(cells, (0, missing_columns, 0, missing_rows), mode="replicate")
+            cells = self.sr(cells) if self.compression == "conv" else F.avg_pool2d(cells, self.factor)
+        fewer = cells.flatten(2).transpose(1, 2)  # (B, N / factor^2, D)
+        if self.compression == "conv":
+            fewer = self.norm(fewer).to(tokens.dtype)
+        return fewer.unflatten(2, tokens.shape[2:])
+
 
 class CrossAttention(nn.Module):
-    """Attention from image tokens to the true tokens of the caption."""
+    """Attention from image tokens to the tokens of their caption."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -120,34 +200,37 @@ class CrossAttention(nn.Module):
         self.kv_linear = nn.Linear(width, 2 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
-        """`mask` is bool and broadcasts to (B, H, N, L): True where a text token is one."""
-        q = self.q_linear(x).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, H, N, D / H)
-        k, v = self.kv_linear(y).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, L, D / H) each
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, N, D / H)
-        out: Tensor = self.proj(x.transpose(1, 2).flatten(2))  # (B, N, D)
+    def forward(self, x: Tensor, y: Text) -> Tensor:
+        """Image tokens (B, N, D) to (B, N, D)."""
+        q = self.q_linear(x).unflatten(-1, (self.heads, -1))  # (B, N, H, D / H)
+        kv = self.kv_linear(y.tokens).unflatten(-1, (2, self.heads, -1))  # (M, 2, H, D / H), or (B, L, ...)
+        out: Tensor = self.proj(y.attend(q, kv))  # (B, N, D)
         return out
 
 
 class Block(nn.Module):
-    """A transformer block modulated by adaLN-single: one MLP for all blocks, and a small table in each."""
+    """A transformer block of PixArt.
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
+    Modulated by adaLN-single, one MLP for all blocks and a small table in each; or, in the ablation, by that MLP and
+    one of its own in place of the table, of which adaLN-single is the case that does not change with time.
+    """
+
+    def __init__(self, width: int, mlp_ratio: float, attention: SelfAttention, own_modulation: bool) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.attn = SelfAttention(width, heads)
-        self.cross_attn = CrossAttention(width, heads)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.attn = attention
+        self.cross_attn = CrossAttention(width, attention.heads)
         self.mlp = Mlp(width, int(width * mlp_ratio), width)
-        self.scale_shift_table = nn.Parameter(torch.empty(6, width))
+        self.adaLN_modulation = modulator(width, 6) if own_modulation else None
+        if not own_modulation:
+            self.scale_shift_table = nn.Parameter(torch.empty(6, width))
 
-    def forward(self, x: Tensor, y: Tensor, t: Tensor, mask: Tensor | None) -> Tensor:
-        """Tokens x (B, N, D) and y (B, L, D); t (B, 6, D) is the shared modulation, to which the table is added."""
-        modulation = (self.scale_shift_table + t).chunk(6, dim=1)  # (B, 1, D) each
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
-        x = x + gate_msa * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
-        x = x + self.cross_attn(x, y, mask)
-        out: Tensor = x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+    def forward(self, x: Tensor, y: Text, t: Tensor, t0: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Image tokens x (B, N, D) of a grid; t (B, D) is time, t0 (B, 6, D) the modulation that all blocks share."""
+        own = self.scale_shift_table if self.adaLN_modulation is None else self.adaLN_modulation(t).view_as(t0)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = (own + t0).chunk(6, dim=1)  # (B, 1, D) each
+        x = x + gate_msa * self.attn(modulate(normalize(x), shift_msa, scale_msa), grid)
+        x = x + self.cross_attn(x, y)
+        out: Tensor = x + gate_mlp * self.mlp(modulate(normalize(x), shift_mlp, scale_mlp))
         return out
 
 
@@ -156,12 +239,11 @@ class FinalLayer(nn.Module):
 
     def __init__(self, width: int, patch: int, out_channels: int) -> None:
         super().__init__()
-        self.norm_final = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.linear = nn.Linear(width, patch * patch * out_channels)
         self.scale_shift_table = nn.Parameter(torch.empty(2, width))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Conditioned on t (B, D) as it is before the MLP of the blocks."""
         shift, scale = (self.scale_shift_table + t[:, None]).chunk(2, dim=1)  # (B, 1, D) each
-        out: Tensor = self.linear(modulate(self.norm_final(x), shift, scale))
+        out: Tensor = self.linear(modulate(normalize(x), shift, scale))
         return out

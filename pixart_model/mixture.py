@@ -29,7 +29,9 @@ class Mixture:
         names: Of the sets.
         weights: Of the sets, not normalised.
         codecs: Of the sets.
-        main: The set with the largest weight, the first of several such.
+
+    Args:
+        sets: None, for images with classes in place of texts.
 
     Raises:
         ConfigError: If the sets were made by different encoders.
@@ -40,7 +42,6 @@ class Mixture:
         self.names = sorted(sets)
         self.sets = [sets[name] for name in self.names]
         self.weights = np.array([weights[name] for name in self.names])
-        self.main = self.sets[int(np.argmax(self.weights))]
         for other in self.sets:
             if encoder(other) != encoder(self.main):
                 raise ConfigError(
@@ -48,6 +49,24 @@ class Mixture:
                     f"{encoder(other)} in {other.root}; extract them with the same [text]"
                 )
         self.codecs = [read_codec(one.root, one.manifest) for one in self.sets]
+
+    @property
+    def main(self) -> FeatureSet:
+        """The set with the largest weight, the first of several such.
+
+        Raises:
+            ConfigError: If there are no texts.
+        """
+        self.require_texts()
+        return self.sets[int(np.argmax(self.weights))]
+
+    def require_texts(self) -> None:
+        """Check that there are texts; raises ConfigError."""
+        if not self.sets:
+            raise ConfigError(
+                "data.text_set: expected captions, found features that were opened with classes in their place; set "
+                "model.condition = 'caption'"
+            )
 
     def draw(self, has: npt.NDArray[np.bool_], seed: int, epochs: Integers, hashes: Words) -> Integers:
         """Return the number of the set that each sample's text comes from.

@@ -34,12 +34,16 @@ class Packed(NamedTuple):
 
     def padded(self) -> tuple[Tensor, Tensor]:
         """Return the captions as (B, L, D), zeros after each end, and their mask, bool (B, L), True on tokens."""
+        mask, places = self.layout()
+        text = self.tokens.new_zeros(mask.numel(), self.tokens.shape[-1])  # (B L, D)
+        return text.index_copy(0, places, self.tokens).unflatten(0, mask.shape), mask
+
+    def layout(self) -> tuple[Tensor, Tensor]:
+        """Return the mask of padded captions, bool (B, L), and where in (B L,) each of the N tokens goes, int64."""
         mask = torch.arange(self.longest, device=self.tokens.device) < self.offsets.diff()[:, None]  # (B, L)
-        text = self.tokens.new_zeros(*mask.shape, self.tokens.shape[-1])  # (B, L, D)
         starts = torch.arange(len(self.lengths), device=mask.device) * self.longest - self.offsets[:-1]  # (B,)
         shifts = torch.repeat_interleave(starts, self.offsets.diff(), output_size=len(self.tokens))  # (N,)
-        places = shifts + torch.arange(len(self.tokens), device=mask.device)  # (N,)
-        return text.flatten(0, 1).index_copy(0, places, self.tokens).view_as(text), mask
+        return mask, shifts + torch.arange(len(self.tokens), device=mask.device)
 
 
 def pack(captions: Sequence[Tensor]) -> Packed:

@@ -46,7 +46,7 @@ def build(
 
     Args:
         images: Of an image set.
-        texts: Of at least one text set.
+        texts: Of text sets; without any, every image that is wanted is a sample.
         num_buckets: Of the image set's table.
         out: On a local disk.
         keep: Of each row of the image set's index.parquet, whether it is wanted; all where None.
@@ -61,7 +61,9 @@ def build(
     with contextlib.ExitStack() as stack:
         image_keys = stack.enter_context(Keys(images.path, IMAGE_ENTRY, bits, out.parent))
         wanted, image_buckets = _read_images(images, image_keys, num_buckets, keep)
-        has_text = np.zeros(len(wanted), np.bool_)
+        has_text = np.full(len(wanted), not texts)
+        if not texts:  # else the first match sees to it
+            _require_distinct(image_keys)
         columns, without_image = [], []
         for one in texts:
             found = _match_texts(image_keys, one)
@@ -159,6 +161,12 @@ def _read_images(
         keys.add(records["key"].copy())
     keys.finish()
     return wanted, counts
+
+
+def _require_distinct(keys: Keys) -> None:
+    with Keys(keys.path, TEXT_ENTRY, keys.bits, keys.folder) as none:
+        none.finish()
+        match(keys, none)
 
 
 def _match_texts(image_keys: Keys, texts: EntriesFile) -> Numbers:

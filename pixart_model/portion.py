@@ -26,6 +26,7 @@ from pixart_data.shards import DTYPES, BatchBuffer, FeatureSet, MemberPlaces
 from pixart_model.batches import Captions, HostBatch, Names
 from pixart_model.buffers import Buffers, bytes_of
 from pixart_model.draws import Words, draws, stream, uniform
+from pixart_model.labels import Labels
 from pixart_model.mixture import Mixture
 from pixart_model.orders import Integers, Order, Picks
 from pixart_model.roster import NONE, Joined
@@ -84,6 +85,9 @@ class Portion:
         choice: A digest of the rows that a query chose.
         flip: Share of samples that are read mirrored.
         damaged: What to do about samples that are.
+
+    Attributes:
+        labels: The classes of the images, if they have classes in place of texts.
     """
 
     def __init__(
@@ -98,6 +102,7 @@ class Portion:
     ) -> None:
         self.images, self.mixture, self.joined, self.order = images, mixture, joined, order
         self.choice, self.flip, self.damaged = choice, flip, damaged
+        self.labels: Labels | None = None
         manifest = images.manifest
         self.buckets = [Bucket(one["ratio"], one["height_px"], one["width_px"]) for one in manifest.buckets]
         cell_px, channels = manifest.model["downsampling"], manifest.model["channels"]
@@ -160,8 +165,10 @@ class Portion:
         """Return captions of samples, bf16 (n_i, D) each.
 
         Raises:
+            ConfigError: If there are no texts.
             DataError: If one is damaged, or has no whole record.
         """
+        self.mixture.require_texts()
         images, wrong = self._image_records(samples)
         found, wrong_texts = self._locate_texts(samples, np.zeros(len(samples), np.int64), images["key"])
         for error in (wrong | wrong_texts).values():
@@ -187,8 +194,11 @@ class Portion:
         return {name: (float(share), n) for name, share, n in zip(self.mixture.names, shares, counts, strict=True)}
 
     def facts(self) -> dict[str, Any]:
-        """Return where the features come from: encoders, policies, digests and counts; for JSON."""
-        sets = {"image": self.images, "text": self.mixture.main}
+        """Return where the features come from: encoders, policies, digests and counts; for JSON.
+
+        There is no `text` where there are none.
+        """
+        sets = {"image": self.images} | ({"text": self.mixture.main} if self.mixture.sets else {})
         facts: dict[str, Any] = {
             kind: {"model": s.manifest.model, "policy": s.manifest.policy, "index_sha256": s.manifest.index_sha256}
             for kind, s in sets.items()
@@ -213,6 +223,8 @@ class Portion:
         return MemberPlaces(images["shard"].tolist(), offsets.tolist(), checksums.tolist())
 
     def _locate_texts(self, samples: Integers, epochs: Integers, hashes: Words) -> tuple[list[Texts], Wrong]:
+        if not self.joined.texts:
+            return [], {}
         numbers = np.stack([column[samples] for column in self.joined.texts])  # (sets, B)
         drawn = np.zeros(len(samples), np.int64)
         if len(numbers) > 1:
@@ -287,7 +299,10 @@ class Portion:
         lent: Buffers | None,
     ) -> HostBatch:
         images, count = located.images, len(located.images)
-        lengths = np.empty(count, np.int64)
+        lengths = np.zeros(count, np.int64)
+        labels = None
+        if self.labels is not None:
+            labels = _put(memory, "labels", self.labels.of_rows[images["row"]].astype(np.int64))
         for texts in located.texts:
             lengths[texts.samples] = texts.entries["num_tokens"]
         sizes_px = np.stack([images["height"], images["width"]], axis=1).astype(np.float32)
@@ -301,6 +316,7 @@ class Portion:
             _put(memory, "sizes", sizes_px),
             _put(memory, "ratios", ratios),
             skipped,
+            labels,
             lent,
             memory.turn,
         )

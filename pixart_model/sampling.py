@@ -1,4 +1,4 @@
-"""Latents from captions: DPM-Solver++ with classifier-free guidance.
+"""Latents from captions, or from classes: DPM-Solver++ with classifier-free guidance.
 
 Legend: B images, C latent channels, L text tokens, D width of the text encoder; x latents, t timesteps.
 The solver is diffusers', at the times the PixArt reference uses: evenly spaced from 999 to 0 and not rounded, with
@@ -13,9 +13,10 @@ from torch import Tensor
 
 from pixart_data.buckets import Bucket, bucket_table, nearest_bucket
 from pixart_data.errors import ConfigError
-from pixart_model.batches import pad
 from pixart_model.diffusion import NUM_TIMESTEPS, alphas_bar, generator
-from pixart_model.model import PixArt
+from pixart_model.networks import Network
+from pixart_model.nulls import NullCaption
+from pixart_model.packing import pack
 
 _CELL_PX = 8
 _FEW_STEPS = 10
@@ -26,24 +27,25 @@ def canvas(height_over_width: float, resolution_px: int) -> Bucket:
     return nearest_bucket(10_000, round(10_000 * height_over_width), bucket_table(resolution_px))
 
 
-@torch.inference_mode()
+@torch.no_grad()  # FSDP2's parameters do not go through inference mode
 def sample_latents(
-    model: PixArt,
+    model: Network,
     captions: Sequence[Tensor],
-    null_caption: Tensor,
+    null_caption: NullCaption | None,
     bucket: Bucket,
     seeds: Sequence[int],
     guidance: float = 4.5,
     num_steps: int = 20,
 ) -> Tensor:
-    """Draw one image for each caption, on the model's device and in its type.
+    """Draw one image for each caption, or each class of a DiT, on the model's device and in its type.
 
     An image is decided by its caption, its seed and the canvas; up to rounding it does not depend on the others.
 
     Args:
         model: In evaluation mode.
-        captions: B captions, (n_i, D) each, true tokens only.
-        null_caption: (n, D): the features of the empty caption, used at its own length.
+        captions: B captions, (n_i, D) each, true tokens only; of a DiT B classes, int64 () each.
+        null_caption: What the other half of guidance sees in place of each caption, as in training: at its own length,
+            or, of the reference's, at the caption's. None of a DiT, which has a class for none.
         bucket: The canvas; a model with micro-conditioning is told its sides and its ratio.
         seeds: One for each image.
         guidance: 1 for none. All latent channels are guided.
@@ -61,19 +63,27 @@ def sample_latents(
     x = torch.stack([torch.randn(shape, generator=generator("cpu", seed)) for seed in seeds])  # (B, C, H, W)
     x = x.to(model.device)
     guided = guidance != 1
-    text, mask = pad([*captions, *([null_caption] * len(captions) if guided else [])])  # (B or 2 B, L, D) and (.., L)
-    text, mask = text.to(model.device), mask.to(model.device)
-    size_px = torch.tensor([[bucket.height_px, bucket.width_px]], device=x.device).expand(len(text), 2)
-    ratio = torch.tensor([float(bucket.ratio)], device=x.device).expand(len(text))
+    nulls = _nulls(model, captions, null_caption) if guided else []
+    conditions = [one.to(x.device) for one in (*captions, *nulls)]  # B, or 2 B
+    y = pack(conditions) if null_caption is not None else torch.stack(conditions)
+    size_px = torch.tensor([[bucket.height_px, bucket.width_px]], device=x.device).expand(len(conditions), 2)
+    ratio = torch.tensor([float(bucket.ratio)], device=x.device).expand(len(conditions))
     for t in scheduler.timesteps:
         twice = torch.cat([x, x]) if guided else x  # (B or 2 B, C, H, W)
-        out = model(twice, t.expand(len(twice)), text, mask, size_px, ratio)
+        out = model(twice, t.expand(len(twice)), y, None, size_px, ratio)
         eps = out.float().chunk(2, dim=1)[0]  # (B or 2 B, C, H, W)
         if guided:
             with_caption, without = eps.chunk(2)
             eps = without + guidance * (with_caption - without)  # (B, C, H, W)
         x = scheduler.step(eps, t, x).prev_sample
     return x
+
+
+def _nulls(model: Network, captions: Sequence[Tensor], null_caption: NullCaption | None) -> list[Tensor]:
+    """What stands for each caption, or each class, in the half of guidance that has none."""
+    if null_caption is None:
+        return [torch.full_like(label, model.config.num_classes) for label in captions]
+    return [null_caption.at(len(caption)) for caption in captions]
 
 
 def _scheduler(num_steps: int, device: torch.device) -> Any:

@@ -1,74 +1,47 @@
-"""Training from feature shards: `run(job)` starts, continues or recognises a finished run.
+"""Training from feature shards: `run(job)` starts, continues or recognises a finished run, alone or as one of several.
 
-Step k draws all its randomness from (seed, k) and trains on batch k of the order of seed, so a run that was stopped and
-continued gives the same weights as one that was not: bit for bit on a CPU, up to the order of sums on a GPU.
-
-Legend: B batch, C latent channels, H W latent cells, L text tokens, D width of the text encoder; x clean latents,
-x_t noisy ones, t timesteps, eps noise, y captions.
+Step k trains on batches k G to k G + G - 1 of the order of the seed, and what is random about a batch is drawn from the
+seed and its number. So a run that was stopped and continued gives the same weights as one that was not: bit for bit on
+a CPU, up to the order of sums on a GPU or with another number of processes.
 """
 
 import contextlib
 import copy
 import logging
 import platform
-import time
-from collections.abc import Iterator
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from pixart_data.config import resolved_toml
-from pixart_data.errors import ConfigError, JobError
-from pixart_data.leases import output_lock
+from pixart_data.errors import ConfigError
+from pixart_data.leases import Lease, output_lock
 from pixart_data.storage import make_dir, write_atomic
-from pixart_model import checkpoint
-from pixart_model.batches import HostBatch
-from pixart_model.config import Optim, Train
-from pixart_model.dataset import Dataset, Position, open_dataset
-from pixart_model.devices import resolve_device, resolve_dtype
-from pixart_model.diffusion import NUM_TIMESTEPS, Diffusion, generator
+from pixart_model import beginnings, checkpoint, steps
+from pixart_model.config import Train
+from pixart_model.dataset import Dataset, open_dataset
+from pixart_model.devices import resolve_dtype
+from pixart_model.diffusion import Diffusion
 from pixart_model.grid import Painter
 from pixart_model.metrics import Meter
-from pixart_model.model import PixArt
+from pixart_model.networks import Network, build
+from pixart_model.nulls import NullCaption
+from pixart_model.parallel import World, distribute, joined, shard
+from pixart_model.savers import Saver
+from pixart_model.states import restore
+from pixart_model.steps import Setting, State, learning_rate, train_step
+from pixart_model.stops import Wish, heeded
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass
-class State:
-    """What training changes, and `step`, the number of optimizer steps done."""
-
-    model: PixArt
-    ema: PixArt
-    optimizer: torch.optim.Optimizer
-    step: int
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What training does not change.
-
-    Attributes:
-        scaling_factor: Of the VAE: brings latents to about unit variance, after `shift_factor` is taken off.
-        null_caption: bf16 (n, D), on the device.
-    """
-
-    job: Train
-    device: torch.device
-    dtype: torch.dtype
-    diffusion: Diffusion
-    scaling_factor: float
-    shift_factor: float
-    null_caption: Tensor
-
-
 def run(job: Train) -> Path:
     """Train until `run.num_steps`, from the last checkpoint in `run.output` if there is one.
+
+    On SIGTERM, or when there is a file `stop` in the run's directory, it saves and returns; the same call goes on.
 
     Returns:
         The directory of the last checkpoint.
@@ -76,153 +49,162 @@ def run(job: Train) -> Path:
     Raises:
         ConfigError: If the job does not fit the features, or the run in `run.output` is of another model or data.
         DataError: If features or a checkpoint are damaged.
-        JobError: If the loss is not finite, the storage fails, or another run holds the output.
+        JobError: If the loss is not finite, the storage fails, another run holds the output, or a process is lost.
+        KeyboardInterrupt: After Ctrl-C, with everything saved.
     """
-    device = resolve_device(job.run.device)
-    run_dir = make_dir(Path(job.run.output))
-    with output_lock(run_dir), contextlib.closing(open_dataset(job.data, job.run.seed)) as dataset:
-        dataset.require(job.model)
-        last = checkpoint.latest(run_dir)
+    run_dir = Path(job.run.output)
+    with joined(job.run) as world, contextlib.ExitStack() as stack:
+        with world.agreed():
+            lease = stack.enter_context(output_lock(make_dir(run_dir))) if world.is_first else None
+            last = checkpoint.latest(run_dir) if world.is_first else None
+        last = world.first(last)
+        with world.agreed():
+            dataset = stack.enter_context(contextlib.closing(_open(job, world)))
+            done = 0 if last is None else _steps_done(job, dataset, last)
+        if last is not None and done >= job.run.num_steps:
+            _log.info("%s: finished: %d of %d steps; nothing to do", run_dir, done, job.run.num_steps)
+            return last
+        with world.agreed():
+            network, null = _begin(job, dataset, last, world)
+        setting = _setting(job, dataset, null, world)
+        state = _start(network, job, world)
         if last is not None:
-            done = _steps_done(job, dataset, last)
-            if done >= job.run.num_steps:
-                _log.info("%s: finished: %d of %d steps; nothing to do", run_dir, done, job.run.num_steps)
-                return last
-        state = _start(job, device)
-        if last is not None:
-            _restore(state, last)
-        write_atomic(run_dir / checkpoint.CONFIG, resolved_toml(job).encode())
-        vae = dataset.images.manifest.model
-        setting = Setting(
-            job,
-            device,
-            resolve_dtype(job.run.dtype, device),
-            Diffusion(device),
-            float(vae["scaling_factor"]),
-            float(vae.get("shift_factor") or 0.0),
-            dataset.null_caption().to(device),
-        )
-        return _loop(state, setting, dataset, run_dir)
+            _restore(state, last, job, world)
+        with world.agreed():
+            if world.is_first:
+                write_atomic(run_dir / checkpoint.CONFIG, resolved_toml(job).encode())
+        return _loop(state, setting, dataset, _Output(run_dir, lease))
 
 
-def train_step(state: State, host_batch: HostBatch, setting: Setting) -> tuple[Tensor, Tensor]:
-    """Do one optimizer step; returns its loss and the norm of its gradient before clipping, on the device."""
-    optim, device = setting.job.optim, setting.device
-    rng = generator(device, setting.job.run.seed, state.step)
-    batch = host_batch.to(device)
+@dataclass(frozen=True)
+class _Output:
+    """The run's directory, and the lease on it, which the first process holds."""
 
-    mean, std = batch.moments.float().unbind(1)  # (B, C, H, W) each
-    x = mean + std * torch.randn(mean.shape, generator=rng, device=device)  # (B, C, H, W)
-    x = setting.scaling_factor * (x - setting.shift_factor)
-    drop = torch.rand(len(batch), generator=rng, device=device) < setting.job.data.drop_caption  # (B,)
-    y, mask = drop_captions(batch.text, batch.mask, setting.null_caption, drop)  # (B, L, D), (B, L)
-    t = torch.randint(NUM_TIMESTEPS, (len(batch),), generator=rng, device=device)  # (B,)
-    eps = torch.randn(x.shape, generator=rng, device=device)  # (B, C, H, W)
-    x_t = setting.diffusion.q_sample(x, t, eps)
-
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=setting.dtype == torch.bfloat16):
-        out = state.model(x_t, t, y, mask, batch.size_px, batch.ratio)  # (B, 2 C, H, W)
-    loss = setting.diffusion.loss(out, x, x_t, t, eps).mean()
-
-    loss.backward()  # type: ignore[no-untyped-call]
-    grad_norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), optim.clip_grad_norm)
-    state.optimizer.param_groups[0]["lr"] = learning_rate(optim, state.step)
-    state.optimizer.step()
-    state.optimizer.zero_grad(set_to_none=True)
-    update_average(state, optim.ema_decay)
-    state.step += 1
-    return loss.detach(), grad_norm
+    run_dir: Path
+    lease: Lease | None
 
 
-def drop_captions(text: Tensor, mask: Tensor, null_caption: Tensor, drop: Tensor) -> tuple[Tensor, Tensor]:
-    """Replace captions by the null caption, which keeps its own length.
-
-    Args:
-        text: (B, L, D), padded.
-        mask: (B, L) bool, True on true tokens.
-        null_caption: (n, D).
-        drop: (B,) bool, True where the caption goes.
-
-    Returns:
-        text (B, max(L, n), D) and mask (B, max(L, n)).
-    """
-    length = max(text.shape[1], len(null_caption))
-    more, missing = length - text.shape[1], length - len(null_caption)
-    text, mask = F.pad(text, (0, 0, 0, more)), F.pad(mask, (0, more))  # (B, length, D), (B, length)
-    null_text = F.pad(null_caption, (0, 0, 0, missing))  # (length, D)
-    null_mask = torch.arange(length, device=mask.device) < len(null_caption)  # (length,)
-    return torch.where(drop[:, None, None], null_text, text), torch.where(drop[:, None], null_mask, mask)
-
-
-def learning_rate(optim: Optim, step: int) -> float:
-    """Return the rate of a step, counted from 0: a linear warm-up, then constant."""
-    return optim.lr * min(1.0, (step + 1) / max(1, optim.warmup_steps))
-
-
-@torch.no_grad()
-def update_average(state: State, decay: float) -> None:
-    """Move the average towards the weights: ema = decay * ema + (1 - decay) * model."""
-    average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
-    average(list(state.ema.parameters()), list(state.model.parameters()), state.step)
-
-
-def _loop(state: State, setting: Setting, dataset: Dataset, run_dir: Path) -> Path:
-    job = setting.job
-    painter = Painter(job, dataset, setting.device) if job.grid.num_images else None
-    meter = Meter(run_dir, state.step, job.run.num_steps)
+def _loop(state: State, setting: Setting, dataset: Dataset, output: _Output) -> Path:
+    job, world, run_dir = setting.job, setting.world, output.run_dir
+    meter = Meter(run_dir, job, world, state.step)
     meter.rewind()
-    _log.info("%s: step %d of %d, on %s", run_dir, state.step, job.run.num_steps, setting.device)
-    pinned = setting.device.type == "cuda"
-    with contextlib.closing(dataset.batches(state.step, pinned=pinned)) as batches:
+    painter = Painter(job, dataset, setting.null, world, run_dir) if job.grid.num_images else None
+    first, pinned = state.step * job.data.batches_per_step, world.device.type == "cuda"
+    _log.info("%s: step %d of %d, %s", run_dir, state.step, job.run.num_steps, _machines(world, job))
+    with (
+        heeded(run_dir, world) as stops,
+        contextlib.closing(Saver(run_dir, job.run.keep_last, world)) as saver,
+        contextlib.closing(dataset.batches(first, world.rank, world.size, pinned)) as batches,
+    ):
         while True:
-            asked = time.perf_counter()
-            batch = next(batches)
-            data_s = time.perf_counter() - asked
-            lr = learning_rate(job.optim, state.step)
-            with _room_for(job):
-                loss, grad_norm = train_step(state, batch, setting)
-            meter.add(loss, grad_norm, len(batch), data_s, len(batch.skipped))
-            done = state.step == job.run.num_steps
-            if done or state.step % job.run.log_every == 0:
-                meter.write(lr)
-            if done or state.step % job.run.save_every == 0:
+            outcome = train_step(state, batches, setting)
+            meter.add(outcome)
+            wish = stops.asked()
+            ends = wish != Wish.GO_ON or state.step == job.run.num_steps
+            saves = ends or state.step % job.run.save_every == 0
+            if ends or state.step % job.run.log_every == 0:
+                meter.write(learning_rate(job.optim, state.step - 1))
+            if saves:
                 meter.check()
                 with meter.paused():
-                    last = checkpoint.save(run_dir, _snapshot(state, setting, dataset), job.run.keep_last)
-                    _log.info("saved %s", last)
-                    if painter:
-                        _log.info("drawing %d pictures", job.grid.num_images)
-                        painter.draw(state.ema, run_dir / "grids" / f"{last.name}.png")
-            if done:
+                    last = _save(state, setting, dataset, output, saver)
+            if painter and painter.is_due(state.step, saves):
+                with meter.paused():
+                    meter.show(painter.draw(state.ema, state.step))
+            if ends:
+                saver.wait()
                 meter.conclude()
-                return last
+                stops.forget()
+                return _leave(last, wish, state, setting)
 
 
-def _start(job: Train, device: torch.device) -> State:
+def _open(job: Train, world: World) -> Dataset:
+    """Open what is trained on, after what can be checked without it."""
+    count = job.data.batches_per_step
+    if count % world.size:
+        more = world.size * -(-count // world.size)
+        raise ConfigError(
+            f"data.batches_per_step: expected a multiple of the {world.size} processes, for each to have as many "
+            f"batches, got {count}; set data.batches_per_step = {more}, or start another number of processes"
+        )
+    classes = job.model.num_classes if job.model.condition == "class" else None
+    dataset = open_dataset(job.data, job.run.seed, classes)
+    with contextlib.ExitStack() as stack:
+        stack.callback(dataset.close)
+        dataset.require(job.model)
+        stack.pop_all()
+    return dataset
+
+
+def _begin(job: Train, dataset: Dataset, last: Path | None, world: World) -> tuple[Network, NullCaption | None]:
+    """Return the model that a new run begins with, and the null caption, which belongs to the run from then on."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.run.seed)
-        model = PixArt(job.model, job.run.grad_checkpointing).to(device)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
+        network = build(job.model, job.run.grad_checkpointing)
+    null = None
+    if last is None:
+        null = beginnings.begin(job.init, network, dataset.facts())
+    elif job.model.condition == "caption":
+        null = checkpoint.load_null_caption(last)
+    if null is None and job.model.condition == "caption":
+        null = NullCaption(dataset.null_caption())
+    return network.to(world.device), null and null.to(world.device)
+
+
+def _setting(job: Train, dataset: Dataset, null: NullCaption | None, world: World) -> Setting:
+    vae, device = dataset.images.manifest.model, world.device
+    return Setting(
+        job,
+        world,
+        resolve_dtype(job.run.dtype, device),
+        Diffusion(device),
+        float(vae["scaling_factor"]),
+        float(vae.get("shift_factor") or 0.0),
+        null,
+        traced=world.first(steps.log.isEnabledFor(logging.DEBUG)),
+    )
+
+
+def _start(network: Network, job: Train, world: World) -> State:
     optim = job.optim
+    ema = copy.deepcopy(network).eval().requires_grad_(False)
+    if job.run.compile:
+        network.compile_blocks()
+    spread = distribute(network, world, job.run)
+    if spread is network and world.size > 1:
+        shard(ema, world, torch.float32)
     optimizer = torch.optim.AdamW(
-        model.parameters(),
+        network.parameters(),
         lr=optim.lr,
         betas=(optim.beta1, optim.beta2),
         eps=optim.eps,
         weight_decay=optim.weight_decay,
-        fused=device.type == "cuda",
+        fused=world.device.type == "cuda",
     )
-    return State(model, ema, optimizer, 0)
+    return State(network, spread, ema, optimizer)
 
 
-def _restore(state: State, last: Path) -> None:
-    snapshot = checkpoint.load(last)
-    state.model.load_state_dict(snapshot.model)
-    state.ema.load_state_dict(snapshot.ema)
-    groups = state.optimizer.state_dict()["param_groups"]  # the job's own settings, which may have changed
-    state.optimizer.load_state_dict({"state": snapshot.training["optimizer"]["state"], "param_groups": groups})
-    state.step = snapshot.meta.step
+def _restore(state: State, last: Path, job: Train, world: World) -> None:
+    """Go on from a checkpoint; what the job says of the optimizer holds from here on."""
+    restore(last, state.model, state.ema, state.optimizer, world)
+    state.step = checkpoint.read_meta(last).step
     _log.info("continuing from %s", last)
+    for key, (before, now) in _changes(last, job).items():
+        _log.info("%s: %s until step %d, %s from here on", key, before, state.step, now)
+
+
+def _changes(last: Path, job: Train) -> dict[str, tuple[Any, Any]]:
+    """Return what the job file says otherwise than the one that a checkpoint was written under, by key."""
+    before, now = (_flat(tomllib.loads(text)) for text in ((last / checkpoint.CONFIG).read_text(), resolved_toml(job)))
+    keys = sorted(before.keys() | now.keys())
+    return {key: (before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)}
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
 
 
 def _steps_done(job: Train, dataset: Dataset, last: Path) -> int:
@@ -242,32 +224,42 @@ def _steps_done(job: Train, dataset: Dataset, last: Path) -> int:
 def _resumes(job: Train, dataset: Dataset) -> dict[str, Any]:
     """What decides the weights' shapes and the order of samples, so cannot change inside a run."""
     model = {f"model.{key}": value for key, value in job.model.model_dump(exclude={"size"}).items()}
-    return model | dataset.order_facts() | {"run.seed": job.run.seed}
+    own = {"data.batches_per_step": job.data.batches_per_step, "run.seed": job.run.seed}
+    return model | dataset.order_facts() | own
 
 
-def _snapshot(state: State, setting: Setting, dataset: Dataset) -> checkpoint.Snapshot:
-    job = setting.job
-    versions = {"torch": torch.__version__, "python": platform.python_version()}
-    resumes = _resumes(job, dataset)
-    meta = checkpoint.Meta(state.step, job.model.model_dump(), dataset.facts(), resumes, versions)
-    position = vars(Position(job.run.seed, state.step))
-    training = {"optimizer": state.optimizer.state_dict(), "position": position}
-    return checkpoint.Snapshot(
-        meta,
-        state.model.state_dict(),
-        state.ema.state_dict(),
-        setting.null_caption.cpu(),
-        training,
-        resolved_toml(job),
+def _save(state: State, setting: Setting, dataset: Dataset, output: _Output, saver: Saver) -> Path:
+    job, world = setting.job, setting.world
+    with world.agreed():
+        if output.lease is not None:
+            output.lease.check()
+    batch = state.step * job.data.batches_per_step
+    meta = checkpoint.Meta(
+        state.step,
+        job.model.model_dump(),
+        dataset.facts(),
+        _resumes(job, dataset),
+        position={"seed": job.run.seed, "step": state.step, "batch": batch},
+        world={"size": world.size, "parallel": job.run.parallel, "dtype": str(setting.dtype).removeprefix("torch.")},
+        versions={"torch": torch.__version__, "python": platform.python_version()},
     )
+    return saver.save(meta, state.model, state.ema, state.optimizer, setting.null, resolved_toml(job))
 
 
-@contextlib.contextmanager
-def _room_for(job: Train) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise JobError(
-            f"data.batch_size: {job.data.batch_size} samples do not fit into the GPU's memory; "
-            "lower it or set run.grad_checkpointing = true"
-        ) from error
+def _leave(last: Path, wish: Wish, state: State, setting: Setting) -> Path:
+    run = setting.job.run
+    if state.step < run.num_steps:
+        _log.info(
+            "%s: left at step %d of %d as asked, all of it saved in %s; the same command goes on from there",
+            run.output, state.step, run.num_steps, last.name,
+        )  # fmt: skip
+        if wish == Wish.INTERRUPT:
+            raise KeyboardInterrupt
+    return last
+
+
+def _machines(world: World, job: Train) -> str:
+    alone = f"on {world.device.type}"
+    if world.size == 1:
+        return alone
+    return f"{alone}, {world.size} processes ({job.run.parallel})"

@@ -11,11 +11,16 @@ from pathlib import Path
 import pytest
 
 from jobs import cli
+from tests.model.conftest import _own_cache, features, make_job  # noqa: F401 - fixtures
 
 BIN = Path(sys.executable).parent
 # Runs the command behind srun's own options. What would be the same port on two machines is moved for the worker here.
 SRUN = """#!/bin/bash
-while [[ $1 == --* ]]; do shift; done
+tasks=1
+while [[ $1 == --* ]]; do
+  [[ $1 == --ntasks=* ]] && tasks=${1#*=}
+  shift
+done
 words=()
 [[ " $* " == *" --head "* ]] && extra=" --object-store-memory=100000000"
 for word in "$@"; do
@@ -26,6 +31,12 @@ for word in "$@"; do
 done
 echo "srun $*" >> "$SHIM_LOG"
 export SLURM_CPUS_ON_NODE=1
+if [[ $tasks -gt 1 ]]; then
+  for ((i = 1; i < tasks; i++)); do "${words[@]}" & done
+  "${words[@]}" || exit
+  wait -n || exit
+  exit 0
+fi
 exec "${words[@]}" $extra
 """
 SCONTROL = """#!/bin/bash
@@ -87,11 +98,11 @@ def test_ray_starts_nodes_join_the_command_runs_and_nothing_is_left(batch, job_f
     assert not Path(f"/tmp/pixart-{os.getpid()}").exists()
 
 
-def stand_in(folder, text):
+def stand_in(folder, text, name="pixart"):
     """A `pixart` that does as it is told in the place of a command that runs for hours."""
     folder.mkdir()
-    (folder / "pixart").write_text(f"#!/bin/bash\n{text}\n")
-    (folder / "pixart").chmod(0o755)
+    (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+    (folder / name).chmod(0o755)
     return folder
 
 
@@ -127,6 +138,38 @@ def test_a_signal_to_the_steps_reaches_the_command(batch, tmp_path):
     assert process.wait(30) == 4
     assert "dropped its units" in log.read_text()
     assert "requeue" not in asked.read_text()
+
+
+def test_two_nodes_train_as_one_run(batch, make_job, job_file, tmp_path):  # noqa: F811
+    job = make_job(run={"num_steps": 2, "output": str(tmp_path / "run")}, data={"batches_per_step": 2})
+    path = job_file("train", job.model_dump(exclude_none=True))
+    process, asked, log = batch("train", path, "--nodes", "2", "--gpus-per-node", "0")
+    code = process.wait(150)
+    text = log.read_text()
+    assert code == 0, text
+    assert text.count("step 0 of 2, on cpu, 2 processes (ddp)") == 1
+    assert text.count(f"checkpoint: {tmp_path}/run/step_00000002") == 1
+    assert "rank 1" not in text
+    assert (tmp_path / "run/step_00000002/model.safetensors").is_file()
+    assert "srun" in asked.read_text()
+    assert "requeue" not in asked.read_text()
+
+
+@pytest.mark.parametrize(("sent", "requeued"), [(signal.SIGUSR1, True), (signal.SIGTERM, False)], ids=lambda v: str(v))
+def test_training_is_asked_to_save_by_the_file(batch, make_job, job_file, tmp_path, sent, requeued):  # noqa: F811
+    """It ends with 0 when it has saved, so a time limit puts it back whatever the code is."""
+    run_dir = tmp_path / "it's a run"
+    run_dir.mkdir()
+    path = job_file("train", make_job(run={"output": str(run_dir)}).model_dump(exclude_none=True))
+    patient = f'echo began; while [[ ! -e "{run_dir}/stop" ]]; do sleep 0.1; done; echo saved'
+    folder = stand_in(tmp_path / "bin", patient, name="torchrun")
+    process, asked, log = batch("train", path, "--gpus-per-node", "0", bin_folder=folder)
+    wait_for(log, "began")
+    process.send_signal(sent)
+    assert process.wait(30) == 0
+    assert "saved" in log.read_text()
+    assert (f"scontrol requeue {os.getpid()}" in asked.read_text()) == requeued
+    assert not list(tmp_path.glob(".pixart-*"))
 
 
 @pytest.mark.parametrize("code", [0, 3])

@@ -47,7 +47,7 @@ def test_what_was_imported_trains(toy, tmp_path):
     root, samples = toy
     np.savez_compressed(root / "null_caption.npz", caption_feature=samples[0].feature[:, :1])
     out = import_here(job(root, tmp_path / "out"))
-    data = Data(features=str(out), batch_size=2, cache_dir=str(tmp_path / "cache"))
+    data = Data(features=str(out), batch_size=2, small_buckets="carry", cache_dir=str(tmp_path / "cache"))
     with contextlib.closing(open_dataset(data)) as dataset:
         assert len(dataset) == 5
         dataset.require(Model(size="tiny", caption_width=WIDTH))

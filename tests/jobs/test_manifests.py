@@ -118,6 +118,96 @@ def test_only_commands_on_ray_start_one_on_slurm(submit, tmp_path):
     assert "verify runs in one process, on one node; leave --nodes out" in err
 
 
+TRAIN = """
+[data]
+features = "/data/features"
+batches_per_step = 64
+[run]
+output = "/data/it's a run"
+num_steps = 10
+"""
+
+
+@pytest.fixture
+def train(tmp_path):
+    (tmp_path / "train.toml").write_text(TRAIN)
+    return ("train", "train.toml")
+
+
+@pytest.mark.parametrize("words", [[], ["--nodes", "8"], ["--gpus-per-node", "0"]], ids=str)
+def test_training_on_slurm_is_torchrun_on_every_node(submit, train, tmp_path, words):
+    text = script(submit, *words, command=train)
+    path = tmp_path / "job.sbatch"
+    path.write_text(text)
+    assert subprocess.run(["bash", "-n", path], capture_output=True, text=True).stderr == ""
+    checked = subprocess.run([BIN / "shellcheck", "--shell=bash", path], capture_output=True, text=True)
+    assert (checked.returncode, checked.stdout) == (0, "")
+    nodes, per_node = ("8", "8") if "--nodes" in words else ("1", "8") if not words else ("1", "1")
+    assert f"srun --quiet --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1" in text
+    assert f"torchrun --nnodes={nodes} --nproc-per-node={per_node}" in text
+    assert '--no-python pixart train "$folder/job.toml"' in text
+    assert "ray start" not in text
+    assert "umask" not in text, "checkpoints are not secret"
+    [notice_s] = [int(line.partition("@")[2]) for line in directives(text) if line.startswith("signal=B:USR1@")]
+    [save_s] = map(int, re.findall(r"again=1; stop (\d+)'", text))
+    assert 120 < save_s < notice_s
+
+
+def test_training_on_slurm_has_no_workers_of_ray(submit, train):
+    text = script(submit, "--nodes", "2", "--set", "run.num_workers=16", command=train)
+    job = tomllib.loads(text.partition("<<'END_OF_JOB_FILE'\n")[2].partition("END_OF_JOB_FILE\n")[0])
+    assert job["run"]["num_workers"] == 0
+
+
+@pytest.mark.parametrize("words", [[], ["--set", "run.num_workers=16"]], ids=str)
+def test_training_on_kubernetes_is_a_worker_for_each_gpu(submit, kubernetes, train, words):
+    config_map, job = kubernetes("--nodes", "2", *words, command=train)
+    assert tomllib.loads(config_map["data"]["job.toml"])["run"]["num_workers"] == 16
+    assert "python -m jobs.nodes 2 --gpus-per-node 8\nexec pixart train" in config_map["data"]["run.sh"]
+    assert "entrypointNumGpus" not in job["spec"]
+    environment = json.loads(job["spec"]["runtimeEnvYAML"])["env_vars"]
+    pods = job["spec"]["rayClusterSpec"]
+    for template in (pods["headGroupSpec"]["template"], pods["workerGroupSpecs"][0]["template"]):
+        grace_s = template["spec"]["terminationGracePeriodSeconds"]
+        assert 270 < int(environment["RAY_JOB_STOP_WAIT_TIME_S"]) < grace_s, "a checkpoint is large"
+    shown = submit("--on", "k8s", "--print", *IMAGE, *MOUNT, command=train)[1]
+    assert "stop     touch /data/it's a run/stop" in shown
+
+
+def test_training_on_one_gpu_of_kubernetes_is_the_command_itself(kubernetes, train):
+    config_map, job = kubernetes("--gpus", "1", "--gpus-per-node", "1", command=train)
+    assert tomllib.loads(config_map["data"]["job.toml"])["run"]["num_workers"] == 0
+    assert job["spec"]["entrypointNumGpus"] == 1
+    assert "jobs.nodes" not in config_map["data"]["run.sh"]
+
+
+def test_a_cluster_on_aws_for_training_is_asked_for_its_nodes(submit, train):
+    words = ["--on", "ray", "--print", "--nodes", "4", *IMAGE, *MOUNT]
+    assert "pixart submit train JOB_FILE --nodes 4 --gpus-per-node 8" in submit(*words, command=train)[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["--nodes", "3"],
+            "data.batches_per_step: expected a multiple of the 24 GPUs that train runs on, found 64; give e.g. --set",
+        ),
+        (["--nodes", "2", "--set", "run.num_workers=8"], "run.num_workers: expected 16, one for each GPU of 2 nodes"),
+        (["--on", "k8s", "--gpus", "4"], "--gpus 4: expected --gpus 1 for train in one process, found more"),
+        (
+            ["--on", "k8s", "--gpus", "1", "--set", "run.num_workers=8"],
+            "--gpus 1: expected --gpus 1 for train in one process, found run.num_workers = 8",
+        ),
+        (["--on", "k8s", "--gpus", "1", "--nodes", "2"], "train runs in one process, on one node"),
+    ],
+)
+def test_numbers_of_gpus_that_do_not_fit_are_one_line(submit, train, words, said):
+    code, out, err = submit("--on", "slurm", "--print", *IMAGE, *MOUNT, *words, command=train)
+    assert (code, out) == (2, "")
+    assert said in err
+
+
 def test_every_pod_and_the_config_map_of_kubernetes_are_valid(kubernetes):
     config_map, job = kubernetes("--nodes", "8", "--spot", "--node-label", "pool=gpu", "--gpus-per-node", "8")
     spec = job["spec"]["rayClusterSpec"]

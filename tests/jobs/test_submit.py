@@ -9,7 +9,7 @@ import requests
 from aiohttp import ServerDisconnectedError
 from ray.job_submission import JobStatus
 
-from jobs import cli, submit
+from jobs import cli, submit, workers
 from jobs.cli import submit_parser
 from jobs.config import Verify
 from pixart_data.errors import JobError
@@ -18,13 +18,15 @@ from pixart_data.errors import JobError
 class FakeClient:
     """Stands for Ray's client: takes one job, says a few words, and ends as it is told to."""
 
-    def __init__(self, exit_code=0, status="SUCCEEDED", refuse=None, lose=None, lose_info=None, stops_after=0):
+    def __init__(
+        self, exit_code=0, status="SUCCEEDED", refuse=None, lose=None, lose_info=None, stops_after=0, command="caption"
+    ):
         self.info = SimpleNamespace(
             driver_exit_code=exit_code,
             status=JobStatus(status),
             message="what happened",
             submission_id="raysubmit_1",
-            metadata={"pixart": "caption"},
+            metadata={"pixart": command},
             start_time=1000,
             end_time=1000 + 3_661_000,
         )
@@ -220,6 +222,46 @@ def test_without_a_number_it_does_not_wait_for_nodes(cluster, job):
     assert "jobs.nodes" not in client.jobs[0]["entrypoint"]
 
 
+@pytest.fixture
+def training(tmp_path):
+    text = '[data]\nfeatures = "features"\nbatches_per_step = 16\n[run]\noutput = "run"\nnum_steps = 1\n'
+    (tmp_path / "train.toml").write_text(text)
+    return "train.toml"
+
+
+def test_training_on_nodes_has_a_worker_for_each_gpu_and_needs_all_of_them(cluster, training):
+    client, code = cluster("train", training, "--nodes", "2")
+    [sent] = client.jobs
+    assert (code, sent["file"]["run"]["num_workers"], sent["entrypoint_num_gpus"]) == (0, 16, None)
+    assert "jobs.nodes 2 --gpus-per-node 8 --ask && exec pixart train job.toml" in sent["entrypoint"]
+    assert int(sent["runtime_env"]["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]) > workers._SAVE_S
+
+
+def test_training_without_nodes_is_as_the_job_says(cluster, training, caplog):
+    client, _ = cluster("train", training, "--set", "run.num_workers=4")
+    assert client.jobs[0]["file"]["run"]["num_workers"] == 4
+    assert "jobs.nodes" not in client.jobs[0]["entrypoint"]
+    assert "without a GPU" not in caplog.text
+    client, _ = cluster("train", training, "--gpus", "1")
+    assert (client.jobs[0]["file"]["run"]["num_workers"], client.jobs[0]["entrypoint_num_gpus"]) == (0, 1)
+    assert "without a GPU" not in caplog.text
+    cluster("train", training)
+    assert "train runs without a GPU: it was not given one with --gpus 1, or several with --nodes" in caplog.text
+
+
+def test_a_step_that_cannot_be_shared_out_is_not_sent(cluster, training, capsys):
+    client, code = cluster("train", training, "--set", "run.num_workers=3")
+    assert (code, client.jobs) == (2, [])
+    assert "data.batches_per_step: expected a multiple of the 3 GPUs" in capsys.readouterr().err
+
+
+def test_stop_waits_for_training_to_save(cluster, caplog):
+    caplog.set_level("INFO", "jobs")
+    client, code = cluster("stop", "raysubmit_1", exit_code=None, status="RUNNING", stops_after=1, command="train")
+    assert (code, client.stopped) == (0, ["raysubmit_1"])
+    assert "asked raysubmit_1 to stop; it may take 300 s to save" in caplog.text
+
+
 def test_status_is_one_line(cluster, capsys):
     assert cluster("status", "raysubmit_1", exit_code=None, status="RUNNING")[1] == 0
     line = capsys.readouterr().out
@@ -251,7 +293,8 @@ def test_stop_waits_until_the_job_is_gone(cluster, capsys):
 
 
 def test_a_job_that_does_not_stop_is_said_to_be(cluster, capsys, monkeypatch):
-    monkeypatch.setattr(submit, "_STOP_S", 0.1)
+    monkeypatch.setattr(submit, "_grace_s", lambda command: 0.1)
+    monkeypatch.setattr(submit, "_KILL_S", 0)
     assert cluster("stop", "raysubmit_1", exit_code=None, status="RUNNING", stops_after=10**9)[1] == 4
     assert "raysubmit_1: still RUNNING 0.1 s after it was asked to stop" in capsys.readouterr().err
 

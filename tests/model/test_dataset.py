@@ -73,11 +73,14 @@ def test_a_batch_is_what_the_sets_hold(opened, stored, codec):
         batch, packed = host.to(CPU), host.to(CPU, packed=True)
         seen.update(batch.keys)
         ends = packed.offsets.tolist()
+        captions = packed.captions.split()
+        assert (packed.offsets.dtype, list(packed.captions.lengths)) == (torch.int32, host.lengths.tolist())
         for i, key in enumerate(batch.keys):
             row, text = rows[key], texts[codec][key]
             np.testing.assert_array_equal(batch.moments[i].numpy(), moments_of(images, row))
             assert torch.equal(batch.text[i, : len(text)].view(torch.int16), text.view(torch.int16))
             assert torch.equal(packed.text[ends[i] : ends[i + 1]].view(torch.int16), text.view(torch.int16))
+            assert torch.equal(captions[i].view(torch.int16), text.view(torch.int16))
             assert not batch.text[i, len(text) :].any()
             assert batch.mask[i].tolist() == [j < len(text) for j in range(batch.text.shape[1])]
             assert batch.size_px[i].tolist() == [row["original_height_px"], row["original_width_px"]]

@@ -155,6 +155,9 @@ def test_a_run_that_is_continued_gives_the_weights_of_one_that_was_not(mixed, ma
         return (last / "model.safetensors").read_bytes()
 
     assert train("whole", 9) == train("halves", 4, 9)
+    data = {"features": str(mixed), "text_mix": {"text": 0.5, "short": 0.4, "raw": 0.1}}
+    with pytest.raises(ConfigError, match=r"data.text_mix: this job has \{.*'text': 0.5\}, the run in .* has .*0.6"):
+        run(make_job(data=data, run={"output": str(tmp_path / "whole"), "num_steps": 10}))
     data = {"features": str(mixed), "text_mix": {"text": 0.5, "short": 0.5}}
     with pytest.raises(
         ConfigError, match=r"data.text_set: this job has short \(.*\), text \(.*\), the run in .* has raw"

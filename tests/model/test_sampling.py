@@ -8,7 +8,9 @@ import torch
 from pixart_data.buckets import Bucket
 from pixart_data.errors import ConfigError
 from pixart_model.diffusion import alphas_bar, generator
+from pixart_model.dit import DiT
 from pixart_model.model import PixArt
+from pixart_model.nulls import NullCaption
 from pixart_model.sampling import canvas, sample_latents
 from pixart_model.sizes import Model
 
@@ -38,7 +40,7 @@ def captions():
 
 @pytest.fixture
 def null_caption():
-    return torch.randn(2, 16, generator=torch.Generator().manual_seed(2))
+    return NullCaption(torch.randn(2, 16, generator=torch.Generator().manual_seed(2)))
 
 
 class Toy:
@@ -47,10 +49,12 @@ class Toy:
     device, config = torch.device("cpu"), Model(size="tiny", depth=1, width=24, heads=2)
 
     def __init__(self):
-        self.times = []
+        self.times, self.texts = [], []
 
     def __call__(self, x, t, text, mask, size_px, ratio):
         self.times.append(float(t[0]))
+        self.texts.append(text)
+        assert mask is None
         assert t.dtype == torch.float32
         return torch.cat([toy_eps(x, float(t[0])), torch.zeros_like(x)], dim=1)
 
@@ -94,7 +98,7 @@ def slow_dpm_solver(x, num_steps):
 def test_the_solver_is_the_papers_at_the_references_times(num_steps):
     toy = Toy()
     caption = [torch.zeros(1, 4096)] * 2
-    found = sample_latents(toy, caption, caption[0], BUCKET, [3, 4], guidance=1.0, num_steps=num_steps)
+    found = sample_latents(toy, caption, NullCaption(caption[0]), BUCKET, [3, 4], guidance=1.0, num_steps=num_steps)
     start = torch.stack([torch.randn(4, 6, 12, generator=generator("cpu", seed)) for seed in (3, 4)])
     expected = slow_dpm_solver(start, num_steps)
     assert expected.abs().max() > 0.5
@@ -117,7 +121,12 @@ def test_seed_caption_guidance_and_canvas_all_count(model, captions, null_captio
 
     first = draw()
     assert torch.equal(first, draw())
-    for other in (draw(seed=2), draw(caption=captions[1]), draw(guidance=1.0), draw(null=null_caption * 3)):
+    for other in (
+        draw(seed=2),
+        draw(caption=captions[1]),
+        draw(guidance=1.0),
+        draw(null=NullCaption(null_caption.features * 3)),
+    ):
         assert not torch.allclose(first, other, atol=1e-3)
     assert draw(bucket=Bucket("2.00", 96, 48)).shape == (1, 4, 12, 6)
 
@@ -129,13 +138,65 @@ def test_guidance_is_on_all_channels_and_of_the_null_caption_at_its_own_length(m
     sizes, ratio = torch.tensor([[48.0, 96.0]]), torch.tensor([0.5])
     t = torch.tensor([999.0])
     with torch.no_grad():
-        cond, uncond = (model(x, t, y[None], None, sizes, ratio)[:, :4] for y in (caption, null_caption))
+        cond, uncond = (model(x, t, y[None], None, sizes, ratio)[:, :4] for y in (caption, null_caption.features))
     eps = uncond + g * (cond - uncond)
     (_, alpha_s, sigma_s, lambda_s), (_, alpha_t, sigma_t, lambda_t) = at(999), at(0)
     data = (x - sigma_s * eps) / alpha_s
     expected = sigma_t / sigma_s * x - alpha_t * math.expm1(lambda_s - lambda_t) * data
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
     assert not torch.allclose(cond, uncond)
+
+
+def test_the_null_caption_has_its_own_length_and_the_references_that_of_each_caption():
+    torch.manual_seed(1)
+    captions = [torch.randn(n, 16) for n in (3, 7, 1)]
+    table = torch.randn(9, 16)
+    for null, expected in (
+        (NullCaption(table[:2]), [table[:2]] * 3),
+        (NullCaption(table, follows_caption=True), [table[:3], table[:7], table[:1]]),
+    ):
+        toy = Toy()
+        sample_latents(toy, captions, null, BUCKET, [0, 1, 2], num_steps=1)
+        seen = toy.texts[0].split()
+        assert len(seen) == 6
+        for found, wanted in zip(seen, [*captions, *expected], strict=True):
+            assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("follows_caption", [False, True])
+def test_pictures_are_those_of_padded_captions(model, captions, follows_caption):
+    class Padding:
+        device, config = model.device, model.config
+
+        def __call__(self, x, t, text, mask, size_px, ratio):
+            padded, mask = text.padded()
+            noisy = torch.where(mask[..., None], padded, 1e3)
+            return model(x, t, noisy, mask, size_px, ratio)
+
+    null = NullCaption(torch.randn(7, 16, generator=torch.Generator().manual_seed(2)), follows_caption)
+    found, expected = (
+        sample_latents(one, captions, null, BUCKET, [5, 6, 7, 8], num_steps=3) for one in (model, Padding())
+    )
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_classes_are_guided_by_no_class():
+    torch.manual_seed(0)
+    dit = DiT(Model(size="tiny", depth=1, width=24, heads=2, base_size=8, condition="class", num_classes=3)).eval()
+    with torch.no_grad():
+        for parameter in dit.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    seen = []
+    dit.y_embedder.register_forward_pre_hook(lambda _, given: seen.append(given[0].tolist()))
+    labels = [torch.tensor(label) for label in (2, 0)]
+    together = sample_latents(dit, labels, None, BUCKET, [1, 2], num_steps=3)
+    assert seen == [[2, 0, 3, 3]] * 3
+    alone = sample_latents(dit, labels[1:], None, BUCKET, [2], num_steps=3)
+    torch.testing.assert_close(together[1:], alone, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(alone, sample_latents(dit, labels[:1], None, BUCKET, [2], num_steps=3), atol=1e-3)
+    unguided = sample_latents(dit, labels, None, BUCKET, [1, 2], guidance=1.0, num_steps=1)
+    assert seen[-1] == [2, 0]
+    assert unguided.isfinite().all()
 
 
 def test_guidance_of_one_asks_the_model_once(captions, null_caption):

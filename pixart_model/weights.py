@@ -1,0 +1,339 @@
+"""Weights from wherever they are, under the reference's names: checkpoints of ours, `.pth`, `.pt`, diffusers folders.
+
+Nothing that a file says is run: safetensors, or torch's `weights_only` unpickler, which builds tensors, numbers, texts
+and containers. Tensors stay in the file until they are used (mapped memory), where its format allows that.
+"""
+
+import argparse
+import contextlib
+import json
+import logging
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pixart_data.errors import ConfigError, DataError
+from pixart_model import checkpoint
+from pixart_model.conversion import is_diffusers, native, require_weights
+from pixart_model.networks import build
+from pixart_model.shapes import UNSEEN, config_of, grid_of
+from pixart_model.sizes import Model
+
+POSITIONS, NULL_TABLE = "pos_embed", "y_embedder.y_embedding"
+CONFIG_KEY = "pixart_model"
+"""The key of a safetensors file's metadata under which the `model` section stands, as JSON."""
+DIFFUSERS_CONFIG, DIFFUSERS_WEIGHTS, TRANSFORMER = (
+    "config.json", "diffusion_pytorch_model.safetensors", "transformer",
+)  # fmt: skip
+
+_CLASSES = ("PixArtTransformer2DModel", "Transformer2DModel")  # the latter in the folders first released
+_KINDS = (
+    "a checkpoint or a run of `pixart train`, a .pth of PixArt, a .pt of DiT, a .safetensors file, or a folder or hub "
+    "id of diffusers' PixArtTransformer2DModel"
+)
+_GLOBAL = re.compile(r"GLOBAL (\S+)")
+_SUFFIXES = (".pth", ".pt", ".safetensors", ".bin", ".ckpt")
+_LFS = b"version https://git-lfs"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """What a source holds.
+
+    Attributes:
+        tensors: Complete, under the names of `networks.build(config)`, on the CPU, in the source's dtype.
+        config: The model that they are of.
+        null_table: The reference's learned null caption `y_embedding`, (L, caption_width), where the source has one.
+        features: `Meta.features` of a checkpoint of ours: which encoders it was trained on.
+        null_caption: Of a checkpoint of ours: bf16 (n, caption_width), the features of the empty caption.
+        where: Names the source, for messages.
+        is_ema: Whether the tensors are the moving average of the weights.
+        assumed: Keys of `config` that the source does not tell, nor did the caller: they have their defaults.
+    """
+
+    tensors: dict[str, Tensor]
+    config: Model
+    null_table: Tensor | None
+    features: dict[str, Any] | None
+    null_caption: Tensor | None
+    where: str
+    is_ema: bool = False
+    assumed: tuple[str, ...] = ()
+
+
+def read(source: str | Path, use_ema: bool = True, given: Mapping[str, Any] = _NOTHING) -> Weights:
+    """Read weights, complete and each of its shape.
+
+    Args:
+        source: A path, or a hub id.
+        use_ema: Take the moving average, where there is one.
+        given: Keys of `model` among `shapes.UNSEEN`, for what the source does not tell: `heads`, `base_size` ...
+
+    Raises:
+        ConfigError: If there is nothing of the kind at the source, or it does not tell what `given` lacks too.
+        DataError: If the source is damaged, holds more than data, or a weight is missing, surplus, misshapen or no
+            floating-point number; the message names it.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return _read_folder(path, use_ema, given)
+    if path.is_file():
+        return _read_file(path, use_ema, given)
+    if _HUB_ID.fullmatch(str(source)) and path.suffix not in _SUFFIXES:
+        return _read_diffusers(f"{source} on the hub", _hub(str(source)), given)
+    raise ConfigError(f"{source}: expected {_KINDS}, found nothing there; check the path")
+
+
+def _read_folder(path: Path, use_ema: bool, given: Mapping[str, Any]) -> Weights:
+    if checkpoint.latest(path) is not None or (path / checkpoint.META).is_file():
+        return _read_checkpoint(checkpoint.find(path), use_ema)
+    folder = path / TRANSFORMER if (path / TRANSFORMER).is_dir() else path
+    if (folder / DIFFUSERS_CONFIG).is_file():
+        return _read_diffusers(str(folder), lambda name: _if_file(folder / name), given)
+    found = ", ".join(sorted(entry.name for entry in path.iterdir())[:3]) or "an empty folder"
+    raise ConfigError(f"{path}: expected {_KINDS}, found {found}; give one of them, a file by its own name")
+
+
+def _if_file(path: Path) -> Path | None:
+    return path if path.is_file() else None
+
+
+# Checkpoints of ours
+
+
+def _read_checkpoint(path: Path, use_ema: bool) -> Weights:
+    meta = checkpoint.read_meta(path)
+    null = checkpoint.load_null_caption(path)
+    tensors = checkpoint.load_weights(path, use_ema)
+    table = null.features if null is not None and null.follows_caption else None
+    empty = null.features if null is not None and not null.follows_caption else None
+    return Weights(tensors, meta.model_config, table, meta.features, empty, str(path), is_ema=use_ema)
+
+
+# Files
+
+
+def _read_file(path: Path, use_ema: bool, given: Mapping[str, Any]) -> Weights:
+    if path.suffix == ".safetensors":
+        tensors, metadata = _load_safetensors(path)
+        if is_diffusers(tensors):
+            beside = _if_file(path.with_name(DIFFUSERS_CONFIG))
+            told = _diffusers_told(beside) if beside else {}
+            return _complete(str(path), native(str(path), tensors), {**given, **told})
+        return _complete(str(path), tensors, {**given, **_own_told(path, metadata)})
+    tensors, null_table, is_ema = _choose(path, _load_pickle(path), use_ema)
+    return _complete(str(path), tensors, given, null_table, is_ema)
+
+
+def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise _damaged(path, error) from error
+
+
+def _load_pickle(path: Path) -> Any:
+    """Read what `torch.save` wrote; DiT's training script stored its command line beside the weights.
+
+    An `argparse.Namespace` does nothing when it is built or filled: allowing it lets no code in.
+    """
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+            warnings.simplefilter("ignore")  # about pickles of other protocols, which are refused or read all the same
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        found = _GLOBAL.search(str(error))
+        if found is None:
+            raise _damaged(path, error) from error
+        raise DataError(
+            f"{path}: expected tensors, numbers and text, found {found[1]}, which loading would run or build; nothing "
+            "was loaded: ask whoever made it for the weights alone, as .safetensors"
+        ) from error
+    except (RuntimeError, OSError, ValueError, EOFError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> DataError:
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        if file.read(len(_LFS)) == _LFS:
+            return DataError(f"{path}: expected weights, found a pointer of Git LFS; fetch it with `git lfs pull`")
+    text = _sentence(error)
+    why = "no file of torch.save" if text.startswith("Weights only load failed") else text
+    return DataError(f"{path}: cannot be read as weights ({why}); copy or download it again")
+
+
+def _choose(path: Path, content: Any, use_ema: bool) -> tuple[dict[str, Tensor], Tensor | None, bool]:
+    """Return the weights that a file is asked for, its null table, and whether they are a moving average.
+
+    The null table is never the average's: the reference averages parameters, and this is none, so that what it saved
+    with the average is the random table that the run began with.
+    """
+    if not isinstance(content, Mapping):
+        raise DataError(f"{path}: expected a dictionary of weights, found {type(content).__name__}; give another file")
+    plain, average = next(
+        ((a, b) for a, b in (("state_dict", "state_dict_ema"), ("model", "ema")) if a in content or b in content),
+        (None, None),
+    )
+    is_ema = average is not None and bool(content.get(average)) and (use_ema or plain not in content)
+    key = average if is_ema else plain
+    chosen = _tensors(path, content if key is None else content[key])
+    null_table = chosen.pop(NULL_TABLE, None)
+    if is_ema and isinstance(content.get(plain), Mapping):
+        null_table = content[plain].get(NULL_TABLE, null_table)
+    return chosen, null_table, is_ema
+
+
+def _tensors(path: Path, found: Any) -> dict[str, Tensor]:
+    if not isinstance(found, Mapping) or not found:
+        raise DataError(f"{path}: expected weights by name, found {type(found).__name__}; give another file")
+    for name, tensor in found.items():
+        if not isinstance(tensor, Tensor):
+            raise DataError(f"{path}: {name}: expected a tensor, found {type(tensor).__name__}; give another file")
+    return {str(name): tensor.detach() for name, tensor in found.items()}
+
+
+def _own_told(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    if CONFIG_KEY not in metadata:
+        return {}
+    try:
+        config = json.loads(metadata[CONFIG_KEY])
+        return {key: config[key] for key in UNSEEN if config.get(key) is not None}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise _damaged(path, error) from error
+
+
+# diffusers
+
+
+def _read_diffusers(where: str, get: Callable[[str], Path | None], given: Mapping[str, Any]) -> Weights:
+    """Read a transformer's files; `get` returns the path of one by its name, or None if there is none."""
+    config = get(DIFFUSERS_CONFIG)
+    told = _diffusers_told(config) if config else {}
+    tensors: dict[str, Tensor] = {}
+    for path in _diffusers_files(where, get):
+        tensors |= _load_safetensors(path)[0]
+    return _complete(where, native(where, tensors), {**given, **told})
+
+
+def _diffusers_files(where: str, get: Callable[[str], Path | None]) -> list[Path]:
+    whole = get(DIFFUSERS_WEIGHTS)
+    if whole is not None:
+        return [whole]
+    index = get(f"{DIFFUSERS_WEIGHTS}.index.json")
+    if index is None:
+        raise ConfigError(f"{where}: expected {DIFFUSERS_WEIGHTS}, found none; save the model as safetensors")
+    names = sorted(set(_json(index).get("weight_map", {}).values()))
+    files = {name: get(name) for name in names if Path(name).name == name}
+    lost = next((name for name in names if files.get(name) is None), None)
+    if lost is not None or not names:
+        raise DataError(f"{where}: {lost or 'weight_map'} is missing, which {index.name} names; copy the folder again")
+    return [path for path in files.values() if path is not None]
+
+
+def _diffusers_told(path: Path) -> dict[str, Any]:
+    """What `config.json` tells of what weights do not."""
+    config = _json(path)
+    found = config.get("_class_name")
+    if found not in _CLASSES:
+        raise ConfigError(f"{path}: expected a {_CLASSES[0]}, found {found}; give the folder of the transformer")
+    try:
+        side, scale = int(config["sample_size"]), config.get("interpolation_scale")
+        heads = int(config["num_attention_heads"])
+        scale = max(side // 64, 1) if scale is None else scale  # as the class has it
+        return {"heads": heads, "base_size": side, "interpolation_scale": float(scale)}
+    except (KeyError, ValueError, TypeError) as error:
+        raise DataError(f"{path}: cannot be read as a configuration ({error}); copy or download it again") from error
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not valid JSON ({error}); copy or download it again") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path}: expected an object, found {type(found).__name__}; copy or download it again")
+    return found
+
+
+def _hub(name: str) -> Callable[[str], Path | None]:
+    """Return what fetches a file of the transformer in a repository of the hub, from its root or its folder."""
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise ConfigError(
+            f"{name}: no such folder, and the hub needs huggingface_hub; pip install 'pixart-toolkit[sample]'"
+        ) from error
+
+    def fetch(file: str) -> Path | None:
+        missing: Exception | None = None
+        for place in (f"{TRANSFORMER}/{file}", file):
+            try:
+                return Path(hf_hub_download(name, place))
+            except LocalEntryNotFoundError as error:
+                missing = error
+            except EntryNotFoundError:
+                continue
+            except (OSError, HFValidationError) as error:
+                raise _unreachable(name, error) from error
+        if missing is not None:
+            raise _unreachable(name, missing) from missing
+        return None
+
+    return fetch
+
+
+def _unreachable(name: str, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"{name}: expected a path, or an id within reach on the hub, found neither ({_sentence(error)}); check the "
+        f"name, or give {_KINDS}"
+    )
+
+
+def _sentence(error: Exception) -> str:
+    """The first sentence of a library's message."""
+    return re.split(r"\.\s|\n", str(error), maxsplit=1)[0][:150].rstrip(".")
+
+
+# All
+
+
+def _complete(
+    where: str,
+    tensors: dict[str, Tensor],
+    given: Mapping[str, Any],
+    null_table: Tensor | None = None,
+    is_ema: bool = False,
+) -> Weights:
+    """Find out what model weights are of, and check them against it."""
+    tensors = dict(tensors)
+    positions, null_table = tensors.pop(POSITIONS, None), tensors.pop(NULL_TABLE, null_table)
+    told = {key: value for key, value in given.items() if key in UNSEEN and value is not None}
+    if positions is not None and not {"base_size", "interpolation_scale"} <= told.keys():
+        patch = tensors["x_embedder.proj.weight"].shape[-1] if "x_embedder.proj.weight" in tensors else 1
+        told = {**grid_of(where, positions, patch), **told}
+    config = config_of(where, tensors, told)
+    with torch.device("meta"):
+        expected = build(config).state_dict()
+    require_weights(where, expected, tensors)
+    if null_table is not None and (null_table.ndim != 2 or null_table.shape[1] != config.caption_width):
+        raise DataError(
+            f"{where}: {NULL_TABLE}: expected shape (L, {config.caption_width}), found {tuple(null_table.shape)}; is "
+            "it of another model configuration?"
+        )
+    assumed = tuple(sorted({"base_size", "interpolation_scale"} - told.keys()))
+    return Weights(tensors, config, null_table, None, None, where, is_ema, assumed)
