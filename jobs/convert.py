@@ -107,7 +107,8 @@ def _write(job: Convert, weights: Weights, folder: Path) -> None:
         write_safetensors(weights, folder)
     else:
         known = {key: getattr(weights.config, key) for key in UNSEEN}
-        plain = read(job.path, use_ema=False, given=known) if weights.is_ema else weights
+        source = job.path if weights.features is None else weights.where  # a run may have a newer checkpoint by now
+        plain = read(source, use_ema=False, given=known) if weights.is_ema else weights
         write_pth(plain, weights if weights.is_ema and not plain.is_ema else None, folder)
 
 

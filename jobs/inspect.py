@@ -116,8 +116,8 @@ def _look_at_file(path: Path, num_samples: int) -> tuple[str, Iterator[str]]:
     if path.suffix in (".pth", ".pt", ".safetensors"):
         return "weights", _weights(path)
     raise DataError(
-        f"{path}: expected a folder, a .parquet, a .tar, a .pth, .pt or .safetensors, or a stats.json; nothing else can "
-        "be inspected"
+        f"{path}: expected a folder, a .parquet, .tar, .pth, .pt or .safetensors, or a stats.json; nothing else can be "
+        "inspected"
     )
 
 
@@ -230,7 +230,9 @@ def _weights(path: Path) -> Iterator[str]:
     from pixart_model.weights import read
 
     found = read(path, given={"heads": 1})  # nothing is computed with them
-    config = found.config.model_dump(exclude={"size", "heads", *found.assumed}, exclude_none=True)
+    unread = {"num_classes"} if found.config.condition == "caption" else {"caption_width"}
+    unread |= {"size", "heads", *found.assumed} | (set() if found.config.kv_compression else {"kv_compression_factor"})
+    config = found.config.model_dump(exclude=unread, exclude_none=True)
     heads = found.config.heads if found.config.heads > 1 else HEADS.get(found.config.width, "not told")
     average = "the moving average of the weights" if found.is_ema else "weights"
     yield f"  {sum(tensor.numel() for tensor in found.tensors.values()):,} numbers in {len(found.tensors):,} {average}"

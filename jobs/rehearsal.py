@@ -58,7 +58,7 @@ def cost_lines(job: Train, num_image_tokens: int, num_text_tokens: float) -> Ite
     )
     peak, whose = _peak(job)
     spent = costs.estimate(samples, with_recomputation, peak, job.cost)
-    yield f"at {costs.UTILISATION:.0%} of the {peak:,.0f} TFLOP/s of {whose}, about {spent.text()}"
+    yield f"at {costs.UTILISATION:.0%} of the {peak:.4g} TFLOP/s of {whose}, about {spent.text()}"
 
 
 def num_parameters(job: Train) -> int:

@@ -34,8 +34,8 @@ def sample(job: Sample, dry_run: bool) -> None:
     meta = checkpoint.read_meta(path)
     if "text" not in meta.features:
         raise ConfigError(
-            f"checkpoint: expected a model of captions, found one of {meta.model['num_classes']} classes in {path}; look "
-            "at the grids in its run's folder, or train on captions from it with init.weights"
+            f"checkpoint: expected a model of captions, found one of {meta.model['num_classes']} classes in {path}; "
+            "look at the grids in its run's folder, or train on captions from it with init.weights"
         )
     bucket = canvas(job.height_over_width, job.resolution_px or meta.features["resolution_px"])
     size = f"{bucket.width_px} x {bucket.height_px} px"

@@ -6,8 +6,10 @@ nobody waits for a GPU to hear that the run is to stop.
 """
 
 import contextlib
+import gc
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -150,6 +152,7 @@ def joined(run: Run) -> Iterator[World]:
         ) from error
     else:
         if ours:  # after a failure it could wait for ever for the processes that are gone
+            gc.collect()  # a wrapper in a cycle keeps its group, whose threads abort the interpreter at its exit
             dist.destroy_process_group()
 
 
@@ -180,6 +183,7 @@ def shard(model: nn.Module, world: World, dtype: torch.dtype) -> None:
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # slow to import
 
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # that its output is a view; nobody changes it in place
     policy = MixedPrecisionPolicy()
     if dtype == torch.bfloat16:
         # times, sizes and ratios are inputs that have to stay fp32

@@ -52,8 +52,13 @@ def run(job: Train) -> Path:
         JobError: If the loss is not finite, the storage fails, another run holds the output, or a process is lost.
         KeyboardInterrupt: After Ctrl-C, with everything saved.
     """
+    with joined(job.run) as world:
+        return _run(job, world)
+
+
+def _run(job: Train, world: World) -> Path:
     run_dir = Path(job.run.output)
-    with joined(job.run) as world, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         with world.agreed():
             lease = stack.enter_context(output_lock(make_dir(run_dir))) if world.is_first else None
             last = checkpoint.latest(run_dir) if world.is_first else None

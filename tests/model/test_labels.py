@@ -12,10 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
+from jobs.cli import main
+from jobs.sample import sample
 from pixart_data.errors import ConfigError, DataError
 from pixart_data.sections import Source
 from pixart_data.sources import find_units, read_samples
-from pixart_model.config import Data
+from pixart_model.config import Data, Sample
 from pixart_model.dataset import open_dataset
 from pixart_model.train import run
 from tests.model.conftest import damage, write_image_set, write_text_set
@@ -314,7 +316,7 @@ def test_captions_are_not_to_be_had_of_classes(opened):
             ask()
 
 
-def test_a_run_does_not_go_on_with_other_labels(images, make_job, table):
+def test_a_run_does_not_go_on_with_other_labels(images, make_job, table, capsys):
     def train(labels):
         data = {"features": str(images), "labels": labels and table(labels)}
         model = {"condition": "class", "num_classes": 3}
@@ -326,4 +328,8 @@ def test_a_run_does_not_go_on_with_other_labels(images, make_job, table):
     steps = 2
     with pytest.raises(ConfigError, match=r"data.labels: this job has \w+, the run in .* has \w+; choose another"):
         train(labels | {KEYS[4]: (labels[KEYS[4]] + 1) % 3})
-    train(None)  # folders, which say the same
+    last = train(None)  # folders, which say the same
+    assert main(["inspect", str(last)]) == 0
+    assert "image      features of tiny/vae" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="checkpoint: expected a model of captions, found one of 3 classes in"):
+        sample(Sample(checkpoint=str(last), prompts=["a cat"], output=str(last / "pictures")), dry_run=True)

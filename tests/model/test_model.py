@@ -1,15 +1,23 @@
+import copy
 import math
+import pickle
+from collections import Counter
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
+from pixart_model import model as model_module
+from pixart_model.attention import Spread
 from pixart_model.model import PixArt
+from pixart_model.networks import build
+from pixart_model.packing import pack
 from pixart_model.sizes import Model, pixart_tiny, pixart_xl_2
 
 
-def tiny(**numbers):
+def tiny(grad_checkpointing=False, **numbers):
     torch.manual_seed(0)
-    return PixArt(pixart_tiny().model_copy(update={"caption_width": 16, "base_size": 8, **numbers}))
+    return PixArt(pixart_tiny().model_copy(update={"caption_width": 16, "base_size": 8, **numbers}), grad_checkpointing)
 
 
 def inputs(height=8, width=8, batch=2):
@@ -29,12 +37,30 @@ def wake(model):
     return model
 
 
-@pytest.mark.parametrize(("micro", "count"), [(False, 610_856_096), (True, 611_349_152)])
-def test_the_papers_model_has_the_references_number_of_parameters(micro, count):
+def captions(*lengths):
+    torch.manual_seed(3)
+    return pack([torch.randn(length, 16) for length in lengths])
+
+
+def shake(model):
+    """Nothing may hide behind the zeros of the initialisation."""
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("numbers", "count"),
+    [({}, 610_856_096), ({"micro_conditioning": True}, 611_349_152), ({"modulation": "blocks"}, 833_809_568)],
+)
+def test_the_papers_models_have_the_references_number_of_parameters(numbers, count):
     with torch.device("meta"):
-        model = PixArt(pixart_xl_2().model_copy(update={"micro_conditioning": micro}))
+        model = build(pixart_xl_2().model_copy(update=numbers))
     assert sum(p.numel() for p in model.parameters()) == count
-    assert sum(p.numel() for p in model.blocks[0].parameters()) == 21_255_552
+    in_block = 21_255_552 if count < 700_000_000 else 21_255_552 - 6 * 1152 + 1152 * 6912 + 6912
+    assert sum(p.numel() for p in model.blocks[0].parameters()) == in_block
     assert model.state_dict().keys() == dict(model.named_parameters()).keys()
 
 
@@ -114,32 +140,144 @@ def test_micro_conditioning_is_heeded_and_demanded():
         model(**{**batch, "ratio": None})
 
 
-def test_timesteps_stay_apart_in_bf16():
-    model = wake(tiny()).to(torch.bfloat16)
-    embedded = model.t_embedder(torch.arange(1000))
-    assert embedded.dtype == torch.bfloat16
-    batch = inputs(batch=1)
-    outs = [model(**{**batch, "t": torch.tensor([t])}) for t in (998.0, 999.0)]
-    assert not torch.equal(*outs)
+OPTIONS = [
+    {}, {"micro_conditioning": True}, {"modulation": "blocks"}, {"qk_norm": True}, {"kv_compression": "conv"},
+    {"kv_compression": "average", "kv_compression_from": 0}, {"kv_compression": "uniform"},
+]  # fmt: skip
 
 
-def test_positions_are_made_once_for_each_grid_and_type():
-    model = tiny()
-    first = model.positions(4, 8, model.device)
-    assert model.positions(4, 8, model.device) is first
-    assert model.positions(8, 4, model.device) is not first
-    assert model.to(torch.bfloat16).positions(4, 8, model.device).dtype == torch.bfloat16
+@pytest.mark.parametrize("numbers", OPTIONS, ids=str)
+def test_captions_without_padding_are_the_padded_ones(numbers):
+    model, y = shake(tiny(**numbers)), captions(5, 1, 9)
+    batch = {**inputs(10, 14, batch=3), "y": y, "mask": None}
+    ragged = model(**batch)
+    padded, mask = y.padded()
+    padded = padded.masked_fill(~mask[..., None], 1e3)
+    torch.testing.assert_close(model(**{**batch, "y": padded, "mask": mask}), ragged, atol=1e-5, rtol=0)
+    other = model(**{**batch, "y": pack([y.tokens[:5] + 1, *y.split()[1:]])})
+    assert not torch.allclose(other[0], ragged[0]), "the caption is heeded"
+    assert torch.equal(other[1:], ragged[1:]), "by its own image only"
+
+
+def test_linear_layers_compute_on_true_tokens_only():
+    model, seen = tiny(), {}
+    for name in ("y_embedder.y_proj.fc1", "y_embedder.y_proj.fc2", "blocks.0.cross_attn.kv_linear"):
+        model.get_submodule(name).register_forward_hook(lambda _, given, __, name=name: seen.update({name: given}))
+    model(**{**inputs(batch=3), "y": captions(5, 1, 9), "mask": None})
+    assert [given[0].shape[:-1] for given in seen.values()] == [(15,)] * 3
+
+
+def test_sigmas_options_have_sigmas_names_and_begin_as_it_does():
+    torch.manual_seed(0)
+    config = Model(size="tiny", depth=4, width=24, heads=2, caption_width=16, qk_norm=True, kv_compression="conv")
+    model = PixArt(config)
+    state = model.state_dict()
+    compressing = {name.split(".")[1] for name in state if ".attn.sr." in name}
+    assert compressing == {"2", "3"}, "the second half of the blocks"
+    expected = {"q_norm.weight": 1, "q_norm.bias": 0, "k_norm.weight": 1, "k_norm.bias": 0}
+    expected |= {"norm.weight": 1, "norm.bias": 0, "sr.weight": 0.25, "sr.bias": 0}
+    assert state["blocks.3.attn.sr.weight"].shape == (24, 1, 2, 2)
+    for name, value in expected.items():
+        assert torch.all(state[f"blocks.3.attn.{name}"] == value), name
+    first = PixArt(config.model_copy(update={"kv_compression": "average", "kv_compression_from": 1}))
+    assert [block.attn.compression for block in first.blocks] == [None, *["average"] * 3]
+
+
+def test_the_ablations_modulation_begins_as_zero_and_heeds_time():
+    model = tiny(modulation="blocks")
+    for block in model.blocks:
+        assert not any(p.any() for p in block.adaLN_modulation.parameters())
+        assert not hasattr(block, "scale_shift_table")
+    assert model.state_dict()["blocks.1.adaLN_modulation.1.weight"].shape == (6 * 96, 96)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["bf16 weights", "autocast"])
+def test_all_thousand_timesteps_stay_apart_in_bf16(autocast):
+    model, seen = tiny(), []
+    model = model if autocast else model.to(torch.bfloat16)
+    model.t_embedder.register_forward_hook(lambda _, __, out: seen.append(out))
+    batch = inputs(2, 2, batch=1000)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        model(**{**batch, "t": torch.arange(1000)})
+    assert seen[0].dtype == torch.bfloat16
+    assert len(torch.unique(seen[0], dim=0)) == 1000
+
+
+@pytest.mark.parametrize("numbers", OPTIONS, ids=str)
+def test_bf16_is_the_same_model_but_for_rounding(numbers):
+    model, batch = shake(tiny(**numbers)), {**inputs(10, 6, batch=3), "y": captions(5, 1, 9), "mask": None}
+    exact, seen = model(**batch), []
+    model.blocks[1].register_forward_pre_hook(lambda _, given: seen.append(given[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = model(**{**batch, "y": batch["y"]._replace(tokens=batch["y"].tokens.bfloat16())})
+    mixed.float().square().mean().backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+    halved = model.to(torch.bfloat16)(**batch)
+    assert seen == [torch.float32, torch.bfloat16], "under autocast the sums that run through all blocks stay fp32"
+    for out in (mixed, halved):
+        assert out.dtype == torch.bfloat16
+        assert (out - exact).abs().mean() < 0.02 * exact.abs().mean()
+
+
+def test_a_model_is_copied_and_pickled_without_its_positions_and_they_are_no_state():
+    model, batch = wake(tiny()), inputs(4, 16)
+    expected = model(**batch)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(**batch), expected)
     assert not any("position" in name for name in model.state_dict())
+    assert not list(model.buffers())
 
 
-def test_checkpointed_gradients_are_the_gradients():
+def test_sampling_before_training_does_no_harm():
+    model, batch = wake(tiny()), inputs(6, 10)
+    with torch.inference_mode():
+        expected = model(**batch)
+    out = model(**batch)
+    out.square().mean().backward()
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("numbers", [{}, {"kv_compression": "conv", "modulation": "blocks"}], ids=str)
+def test_compiled_blocks_compute_the_same_and_compile_once_for_all_canvases_and_captions(numbers, monkeypatch):
+    torch._dynamo.reset()
+    counters.clear()
+    plain = shake(tiny(width=24, **numbers))
+    compiled = copy.deepcopy(plain)
+    compiled.compile_blocks(backend="aot_eager")  # a compiler for programs of this kind is inductor's own business
+    ways = []
+    monkeypatch.setattr(
+        model_module, "arrange", lambda *given, arrange=model_module.arrange: ways.append(arrange(*given)) or ways[-1]
+    )
+    cases = [((8, 8), (5, 1, 9)), ((12, 6), (3, 3, 7)), ((6, 14), (12, 10, 7)), ((10, 10), (2, 5, 2))]
+    for canvas, lengths in cases:
+        batch = {**inputs(*canvas, batch=3), "y": captions(*lengths), "mask": None}
+        outs = []
+        for model in (plain, compiled):
+            model.zero_grad()
+            outs.append(model(**batch))
+            outs[-1].square().mean().backward()
+        torch.testing.assert_close(*outs, atol=1e-5, rtol=0)
+        for (name, a), b in zip(plain.named_parameters(), compiled.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=0, msg=name)
+    assert {type(text) for text in ways[1::2]} == {Spread}, "one program for all lengths"
+    kinds = len({block.attn.compression for block in plain.blocks})
+    assert counters["stats"]["unique_graphs"] == kinds
+    assert not counters["graph_break"]
+    assert not copy.deepcopy(compiled).compiled, "the average of the weights is not trained"
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("numbers", OPTIONS, ids=str)
+def test_checkpointed_gradients_are_the_gradients(numbers):
     gradients, runs = [], []
     for flag in (False, True):
-        model, calls = wake(tiny()), []
-        model.grad_checkpointing = flag
-        model.blocks[0].attn.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        model(**inputs()).square().mean().backward()
+        model = shake(tiny(grad_checkpointing=flag, **numbers))
+        calls = Counter()
+        for i, block in enumerate(model.blocks):
+            block.attn.register_forward_hook(lambda *_, i=i, calls=calls: calls.update([i]))
+        batch = {**inputs(10, 6, batch=3), "y": captions(5, 1, 9), "mask": None}
+        model(**batch).square().mean().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
-        runs.append(len(calls))
-    assert runs == [1, 2], "the second time is the recomputation"
+        runs.append(calls)
+    assert runs == [{0: 1, 1: 1}, {0: 2, 1: 2}], "the second time is the recomputation"
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])

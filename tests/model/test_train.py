@@ -2,11 +2,16 @@ import contextlib
 import json
 import logging
 import math
+import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,6 +21,8 @@ from pixart_data.config import resolved_toml
 from pixart_data.errors import ConfigError, DataError, JobError
 from pixart_model import checkpoint, steps, train
 from pixart_model.config import Optim
+from pixart_model.dit import DiT
+from pixart_model.model import PixArt
 from pixart_model.networks import build
 from pixart_model.parallel import World
 from tests.model.conftest import change_manifest, damage, write_image_set, write_text_set
@@ -248,19 +255,6 @@ def test_the_average_follows_its_formula(make_job):
         torch.testing.assert_close(p, before[name] + 0.1)
 
 
-def test_a_dry_run_counts_the_work_and_says_how_well_it_is_shuffled(make_job, features, tmp_path, capsys):
-    command(make_job(run={"num_steps": 23}), dry_run=True)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "train: from the beginning"
-    assert lines[1] == f"train: 23 samples in 5.8 batches an epoch, 23 steps (4.0 epochs) -> {tmp_path / 'run'}"
-    assert lines[2].startswith("train: shuffle: a batch of 4 draws from 4.0 runs (4.0), ")
-    assert not (tmp_path / "run").exists()
-    command(make_job(data={"mix": [{"features": str(features), "weight": 3}]}, run={"num_steps": 92}), dry_run=True)
-    lines = capsys.readouterr().out.splitlines()
-    assert "46 samples in 11.5 batches an epoch, 92 steps (4.0 + 12.0 epochs)" in lines[1]
-    assert len(lines) == 4
-
-
 def test_grids_are_drawn_at_every_checkpoint(make_job, tmp_path):
     pytest.importorskip("diffusers")
     image = pytest.importorskip("PIL.Image")
@@ -350,3 +344,150 @@ def test_a_dry_run_finds_that_the_empty_caption_is_missing(make_job, copy):
 def test_a_dataset_that_is_not_there_is_a_wrong_path(make_job, tmp_path):
     with pytest.raises(ConfigError, match=r"data\.features: .*nowhere: no such folder; check the path"):
         command(make_job(data={"features": str(tmp_path / "nowhere")}), dry_run=True)
+
+
+@pytest.fixture
+def after_step(monkeypatch):
+    """Have something happen once a step is done."""
+
+    def arrange(number, happen):
+        real = train.train_step
+
+        def spy(state, batches, setting):
+            outcome = real(state, batches, setting)
+            if state.step == number:
+                happen()
+            return outcome
+
+        monkeypatch.setattr(train, "train_step", spy)
+
+    return arrange
+
+
+@pytest.mark.parametrize("way", ["SIGTERM", "the file", "Ctrl-C"])
+def test_who_asks_a_run_to_leave_finds_it_saved_and_can_go_on(make_job, tmp_path, after_step, caplog, way):
+    job, handlers = make_job(), [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    ask = {
+        "SIGTERM": lambda: os.kill(os.getpid(), signal.SIGTERM),
+        "the file": lambda: (tmp_path / "run" / "stop").touch(),
+        "Ctrl-C": lambda: os.kill(os.getpid(), signal.SIGINT),
+    }
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "stop").touch()  # of before; nobody asks this run
+    after_step(4, ask[way])
+    with caplog.at_level(logging.INFO), contextlib.ExitStack() as stack:
+        if way == "Ctrl-C":
+            stack.enter_context(pytest.raises(KeyboardInterrupt))
+        assert train.run(job).name == "step_00000004"
+    assert checkpoint.latest(tmp_path / "run").name == "step_00000004"
+    assert "left at step 4 of 6 as asked, all of it saved in step_00000004; the same command goes on" in caplog.text
+    assert not (tmp_path / "run" / "stop").exists()
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+    straight = train.run(make_job(run={"output": str(tmp_path / "straight")}))
+    assert same(train.run(job), straight)
+
+
+def test_a_second_ctrl_c_does_not_wait(make_job, tmp_path, after_step):
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    after_step(4, twice)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(make_job())
+    assert checkpoint.latest(tmp_path / "run").name == "step_00000003"
+
+
+def test_a_run_that_is_asked_to_leave_at_its_last_step_is_done(make_job, after_step, caplog):
+    after_step(6, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with caplog.at_level(logging.INFO):
+        assert train.run(make_job()).name == "step_00000006"
+    assert "left at" not in caplog.text
+
+
+def test_a_step_of_several_batches_has_the_mean_of_their_gradients(make_job, tmp_path):
+    job = make_job(data={"batches_per_step": 3}, run={"num_steps": 1, "save_every": 1})
+    world = World(0, 1, torch.device("cpu"))
+    with contextlib.closing(train._open(job, world)) as dataset:
+        network, null = train._begin(job, dataset, None, world)
+        setting = train._setting(job, dataset, null, world)
+        for number in range(3):
+            losses, _ = steps.batch_losses(network, dataset.read(number), setting)
+            (losses.mean() / 3).backward()
+    norm = torch.nn.utils.get_total_norm([one.grad for one in network.parameters()])
+    train.run(job)
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert line["images"] == 12
+    assert line["grad_norm"] == pytest.approx(float(norm), rel=1e-6)
+    with pytest.raises(ConfigError, match=r"data.batches_per_step: this job has 2, .* has 3"):
+        train.run(make_job(data={"batches_per_step": 2}))
+
+
+def test_the_keys_of_every_step_are_told_to_who_asks(make_job, caplog):
+    job = make_job(data={"batches_per_step": 2}, run={"num_steps": 2})
+    with caplog.at_level(logging.DEBUG, "pixart_model"):
+        train.run(job)
+    with contextlib.closing(train.open_dataset(job.data, job.run.seed)) as dataset:
+        keys = [" ".join(dataset.read(number).keys) for number in range(4)]
+    told = [record.getMessage() for record in caplog.records if record.name == "pixart_model.steps"]
+    assert told == [f"step {1 + number // 2}: batch {number}: {keys[number]}" for number in range(4)]
+
+
+def test_classes_are_learned_by_the_same_loop_and_dropped_ones_become_no_class(make_job, tmp_path, monkeypatch):
+    keys = [f"source/{i:03d}" for i in range(25)]
+    table = pa.table({"key": keys, "label": [i % 7 for i in range(25)]})
+    pq.write_table(table, tmp_path / "labels.parquet")
+    seen = []
+    real = DiT.forward
+
+    def spy(self, x, t, y):
+        seen.append(y.tolist())
+        return real(self, x, t, y)
+
+    monkeypatch.setattr(DiT, "forward", spy)
+    model = {"condition": "class", "num_classes": 7}
+    data = {"labels": str(tmp_path / "labels.parquet"), "drop_caption": 0.5, "small_buckets": "carry"}
+
+    def train_to(name, num_steps):
+        return train.run(make_job(model=model, data=data, run={"output": str(tmp_path / name), "num_steps": num_steps}))
+
+    whole = train_to("whole", 6)
+    labels = dict(zip(keys, table["label"].to_pylist(), strict=True))
+    with contextlib.closing(train._open(make_job(model=model, data=data), World(0, 1, torch.device("cpu")))) as dataset:
+        for number, y in enumerate(seen):
+            wanted = [labels[key] for key in dataset.read(number).keys]
+            assert all(found in (label, 7) for found, label in zip(y, wanted, strict=True))
+    assert 0 < sum(y.count(7) for y in seen) < 24
+    train_to("cut", 3)
+    assert same(whole, train_to("cut", 6))
+    assert not list(whole.glob("null*"))
+
+
+def test_a_new_run_starts_from_other_weights_and_goes_on_from_its_own(make_job, tmp_path):
+    first = train.run(make_job(run={"output": str(tmp_path / "first")}))
+    still = {"lr": 1e-30, "weight_decay": 0.0}
+    init = {"weights": str(first)}
+    job = make_job(init=init, optim=still, run={"num_steps": 1})
+    a, b = tensors(first), tensors(train.run(job))
+    for key in (key for key in b if key[0] == "model.safetensors"):
+        assert torch.equal(a["ema.safetensors", key[1]], b[key])
+    shutil.rmtree(tmp_path / "first")
+    assert train.run(make_job(init=init, optim=still, run={"num_steps": 2})).name == "step_00000002"
+
+
+def test_compiled_blocks_are_asked_for(make_job, monkeypatch):
+    asked = []
+    monkeypatch.setattr(PixArt, "compile_blocks", lambda self: asked.append(self))
+    train.run(make_job(run={"num_steps": 1}))
+    assert not asked
+    train.run(make_job(run={"num_steps": 2, "compile": True}))
+    assert len(asked) == 1
+
+
+def test_a_gpu_that_is_full_says_what_to_lower(make_job, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(steps, "batch_losses", full)
+    with pytest.raises(JobError, match=r"data.batch_size: 4 samples do not fit .* run.grad_checkpointing = true"):
+        train.run(make_job())
