@@ -208,7 +208,8 @@ class Status(Section):
     """`pixart status`: where the runs of an output directory stand."""
 
     path: LocalPath
-    """The output directory of a stage or of a dataset, local or on an object store, or the job file that names it."""
+    """The output directory of a stage, of a training run or of a dataset, local or on an object store, or the job file
+    that names it."""
     as_json: bool = False
     """Print one JSON object, for programs."""
 

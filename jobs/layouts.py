@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 _REFERENCE_TOKENS = 120  # rows of PixArt-alpha's null caption
 MICRO_SIDE = 128
+"""Side in latent cells of the only models that `PixArtAlphaPipeline` gives sizes and ratios to."""
 
 
 def write_transformer(weights: Weights, folder: Path) -> None:
@@ -76,8 +77,9 @@ def write_pth(plain: Weights, average: Weights | None, folder: Path) -> None:
     is_dit = plain.config.condition == "class"
     if not is_dit and null_table(plain) is None:
         log.warning(
-            "%s has no null caption: model.pth is without %s, of which the reference's samplers draw a random one",
-            *(plain.where, NULL_TABLE),
+            "%s tells no null caption: model.pth is without %s, and the reference's samplers would draw one at random",
+            plain.where,
+            NULL_TABLE,
         )
     names = ("model", "ema") if is_dit else ("state_dict", "state_dict_ema")
     states = {name: _state(one) for name, one in zip(names, (plain, average), strict=True) if one is not None}

@@ -91,9 +91,9 @@ class _Output:
 
 def _loop(state: State, setting: Setting, dataset: Dataset, output: _Output) -> Path:
     job, world, run_dir = setting.job, setting.world, output.run_dir
-    meter = Meter(run_dir, job, world, state.step)
-    meter.rewind()
     painter = Painter(job, dataset, setting.null, world, run_dir) if job.grid.num_images else None
+    meter = Meter(run_dir, job, world, state.step)  # its clock starts here
+    meter.rewind()
     first, pinned = state.step * job.data.batches_per_step, world.device.type == "cuda"
     _log.info("%s: step %d of %d, %s", run_dir, state.step, job.run.num_steps, _machines(world, job))
     with (

@@ -118,7 +118,7 @@ def _read_checkpoint(path: Path, use_ema: bool) -> Weights:
     meta = checkpoint.read_meta(path)
     null = checkpoint.load_null_caption(path)
     tensors = checkpoint.load_weights(path, use_ema)
-    table = null.features if null is not None and null.follows_caption else None
+    table = null.features.float() if null is not None and null.follows_caption else None
     empty = null.features if null is not None and not null.follows_caption else None
     return Weights(tensors, meta.model_config, table, meta.features, empty, str(path), is_ema=use_ema)
 

@@ -175,6 +175,23 @@ def test_weights_of_a_checkpoint_come_with_what_it_knows(run):
     assert (found.null_table, found.is_ema) == (None, False)
 
 
+def test_published_file_becomes_a_run_and_comes_out_again(run, tmp_path):
+    """A step so small that it changes nothing: what is left are the ways in and out."""
+    _, job = run
+    micro, side, scale = job.model.micro_conditioning, job.model.base_size // 2, job.model.interpolation_scale
+    state = pixart_pth(side, scale, micro, 48, 2, TEXT_WIDTH)
+    torch.save({"state_dict": state}, tmp_path / "x.pth")
+    init = {"weights": str(tmp_path / "x.pth"), "null_caption": "reference", "other_features": True}
+    changes = {"init": init, "optim": {"lr": 1e-30}, "run": {"output": str(tmp_path / "run"), "num_steps": 1}}
+    tree = job.model_dump(exclude_none=True)
+    training.run(Train.model_validate({**tree, **{name: tree[name] | change for name, change in changes.items()}}))
+    assert convert(tmp_path / "run", "--to", "pth", "--out", tmp_path / "out") == 0
+    back = load(tmp_path / "out" / "model.pth")
+    table = "y_embedder.y_embedding"
+    alike(back["state_dict"], {**state, table: state[table].bfloat16().float()})  # checkpoints hold captions as bf16
+    alike(back["state_dict_ema"], back["state_dict"])
+
+
 def test_pipeline_takes_the_encoders_that_the_checkpoint_names(run, tmp_path, capsys):
     checkpoint, _ = run
     assert convert(checkpoint, "--to", "pipeline", "--out", tmp_path / "out") == 2

@@ -76,8 +76,8 @@ def test_a_dry_run_says_what_the_job_will_cost(make_job, capsys, monkeypatch):
     hours = 92 * flops / 0.4e6 / 3600
     assert hours > 0.1
     assert bill == (
-        f"train: at 40% of the 1e-06 TFLOP/s of a GPU (cost.peak_tflops), about {hours:.2f} GPU-hours, ${2 * hours:.2f}, "
-        f"{hours / 2:.2f} kWh, {hours / 5:.2f} kg CO2"
+        f"train: at 40% of the 1e-06 TFLOP/s of a GPU (cost.peak_tflops), about {hours:.2f} GPU-hours, "
+        f"${2 * hours:.2f}, {hours / 2:.2f} kWh, {hours / 5:.2f} kg CO2"
     )
     *_, work, _ = dry_run(make_job(data=data, run={"grad_checkpointing": True}), capsys)
     again = train_flops(job.model, 1000, 18, round(1000 * mean_tokens), grad_checkpointing=True) / 1000

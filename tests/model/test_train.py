@@ -348,15 +348,15 @@ def test_a_dataset_that_is_not_there_is_a_wrong_path(make_job, tmp_path):
 
 @pytest.fixture
 def after_step(monkeypatch):
-    """Have something happen once a step is done."""
+    """Have something happen once, after a step."""
 
     def arrange(number, happen):
-        real = train.train_step
+        real, left = train.train_step, [happen]
 
         def spy(state, batches, setting):
             outcome = real(state, batches, setting)
-            if state.step == number:
-                happen()
+            if state.step == number and left:
+                left.pop()()
             return outcome
 
         monkeypatch.setattr(train, "train_step", spy)

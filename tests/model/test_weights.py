@@ -302,6 +302,17 @@ def test_diffusers_folder(tmp_path, theirs, place):
     assert told_otherwise.config.heads == 3
 
 
+def test_a_folder_as_first_released(tmp_path, theirs):
+    """Under the class that PixArt shared with others then, and without a scale, which the class knows."""
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text()) | {"_class_name": "Transformer2DModel", "sample_size": 128}
+    del config["interpolation_scale"]
+    path.write_text(json.dumps(config))
+    found = weights.read(tmp_path).config
+    assert (found.base_size, found.interpolation_scale, found.heads) == (128, 2.0, 3)
+
+
 def test_wrong_diffusers_folder(tmp_path, theirs):
     theirs.save_pretrained(tmp_path, max_shard_size="500KB")
     lost = sorted(tmp_path.glob("*-of-*.safetensors"))[1]
