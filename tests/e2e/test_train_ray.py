@@ -59,24 +59,21 @@ def steps_of(run_dir):
     return [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_by_workers_is_that_of_one_process_through_a_lost_worker_and_a_stop(make_job, tmp_path, caplog):  # noqa: F811
-    data = {"batches_per_step": 2}
-    run = {"num_workers": 2, "num_steps": 5_000, "save_every": 5, "log_every": 1}
-    job = make_job(data=data, run=run)
-    run_dir = tmp_path / "run"
+def stop():
+    os.kill(os.getpid(), signal.SIGTERM)
 
-    killed = Hand(caplog, "saved", 1, lambda: own_workers()[-1].kill())
-    stopped = Hand(caplog, "continuing from", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+def test_a_run_that_is_stopped_and_goes_on_is_that_of_one_process(make_job, tmp_path, caplog):  # noqa: F811
+    data, run = {"batches_per_step": 2}, {"num_workers": 2, "save_every": 10_000, "log_every": 1}
     before = signal.getsignal(signal.SIGTERM)
-    left = workers.launch(job)
-    assert killed.has_acted()
+    stopped = Hand(caplog, "| loss", 1, stop)
+    left = workers.launch(make_job(data=data, run={**run, "num_steps": 5_000}))
     assert stopped.has_acted()
-    assert signal.getsignal(signal.SIGTERM) == before
-    assert "died; all go on from" in caplog.text
+    assert "asked to stop: the workers save" in caplog.text
     assert "left at step" in caplog.text
-    assert left == checkpoint.latest(run_dir)
+    assert signal.getsignal(signal.SIGTERM) == before
     reached = checkpoint.read_meta(left).step
-    assert reached % 5 != 0 or "asked to stop: the workers save" in caplog.text
+    assert reached < 5_000
 
     num_steps = reached + 2
     last = workers.launch(make_job(data=data, run={**run, "num_steps": num_steps}))
@@ -86,10 +83,22 @@ def test_a_run_by_workers_is_that_of_one_process_through_a_lost_worker_and_a_sto
         ours, theirs = load_file(last / file), load_file(straight / file)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    assert steps_of(run_dir) == list(range(1, num_steps + 1))
-    assert not list(run_dir.glob(".ray-*"))
-    assert not (run_dir / "stop").exists()
+    assert steps_of(tmp_path / "run") == list(range(1, num_steps + 1))
+    assert not list((tmp_path / "run").glob(".ray-*"))
+    assert not (tmp_path / "run" / "stop").exists()
     assert "[rank 1]" not in caplog.text, "it has nothing to complain about"
+
+
+def test_a_lost_worker_costs_the_steps_since_the_last_checkpoint(make_job, tmp_path, caplog):  # noqa: F811
+    run = {"num_workers": 2, "num_steps": 5_000, "save_every": 5, "log_every": 5}
+    killed = Hand(caplog, "saved", 1, lambda: own_workers()[-1].kill())
+    stopped = Hand(caplog, "continuing from", 1, stop)
+    left = workers.launch(make_job(data={"batches_per_step": 2}, run=run))
+    assert killed.has_acted()
+    assert stopped.has_acted()
+    assert f"died; all go on from {tmp_path}/run/step_" in caplog.text
+    assert "left at step" in caplog.text
+    assert left == checkpoint.latest(tmp_path / "run")
 
 
 def test_what_a_worker_finds_to_be_wrong_is_the_command_s_own_error_at_once(make_job, caplog):  # noqa: F811
