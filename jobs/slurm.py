@@ -38,8 +38,7 @@ stop() {{  # the command {ends} and exits
   caught=1
   stopping=1
   if [[ -z $child ]]; then return; fi
-  {ask}
-  {{ sleep "$1"; kill -KILL "$child" 2>/dev/null || true; }} &
+{ask}  {{ {patience}; kill -KILL "$child" 2>/dev/null || true; }} &
   watch=$!
 }}
 trap 'stop {grace_s}' TERM INT
@@ -104,11 +103,14 @@ steps+=($!)
 """
 
 _ASK = """\
-kill -TERM "$child" 2>/dev/null || true
-  # Ray may go at the same moment and leave the command waiting; a kill loses no more than the units in flight."""
+  kill -TERM "$child" 2>/dev/null || true
+  # Ray may go at the same moment and leave the command waiting; a kill loses no more than the units in flight.
+"""
+_PATIENCE = 'sleep "$1"'
 
-_ASK_TRAINING = """\
-touch {stop_file} 2>/dev/null || true  # the first process sees it, and all save"""
+# Again and again: a run that is just starting takes the file for one that an earlier run has left.
+_PATIENCE_OF_TRAINING = """\
+for ((s = 0; s < $1; s += 3)); do touch {stop_file} || true; sleep 3; done"""
 
 # Only the file asks to stop: the TERM that Slurm sends to the steps is passed on to the script, and not for `torchrun`.
 _TORCHRUN = """
@@ -143,7 +145,8 @@ def script(parcel: Parcel, shape: Shape, time_limit: str, bin_folder: str, extra
         bin=shlex.quote(bin_folder),
         name=shape.name,
         ends="saves" if save else "finishes or drops its units",
-        ask=_ASK_TRAINING.format(stop_file=shlex.quote(f"{parcel.run_dir}/stop")) if save else _ASK,
+        ask="" if save else _ASK,
+        patience=_PATIENCE_OF_TRAINING.format(stop_file=shlex.quote(f"{parcel.run_dir}/stop")) if save else _PATIENCE,
         grace_s=_SAVE_S if save else _GRACE_S,
         notice_s=_SAVE_S if save else _NOTICE_S // 2,
         unfinished="" if save else " && $code -ne 0",

@@ -11,6 +11,7 @@ import os
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from logging.handlers import QueueHandler, QueueListener
@@ -29,7 +30,7 @@ from pipelines.cluster import connect
 from pipelines.config import Cluster
 from pipelines.ending import Stopped, stop_on_sigterm
 from pixart_data.errors import ConfigError, JobError, PixArtError
-from pixart_data.storage import make_dir, write_atomic
+from pixart_data.storage import delete, make_dir, write_atomic
 from pixart_model import stops
 from pixart_model import train as training
 from pixart_model.checkpoint import latest
@@ -39,6 +40,7 @@ from pixart_model.parallel import TIMEOUT, Abandoned
 log = logging.getLogger(__name__)
 
 _SAVE_S = 270.0  # within the 300 s that a submitted job of train is given to end
+_ASK_AGAIN_S = 3.0
 _MOST_LOSSES = 3  # in a row, with no checkpoint between them
 _START_S = 1800  # a machine that was taken away needs a while to be replaced
 _PACKAGES = ("jobs", "pixart_data", "pixart_model")
@@ -218,19 +220,35 @@ def _attend(future: Future[Path], run_dir: Path, voices: _Voices) -> Path:
             raise
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is on its way
         log.info("asked to stop: the workers save, which may take %.0f s", _SAVE_S)
-        write_atomic(run_dir / stops.FILE, b"")
-        try:
-            last = future.result(timeout=_SAVE_S)
-        except TimeoutError as error:
-            raise JobError(
-                f"{run_dir}: expected the workers to save within {_SAVE_S:.0f} s, found them at it still; run the same "
-                "command again to go on from the checkpoint before"
-            ) from error
-        except TrainingFailedError as error:
-            raise JobError(f"{run_dir}: stopped, and a worker was lost before it saved: {_loss(error)}") from error
+        last = _save(future, run_dir)
         if isinstance(stop, KeyboardInterrupt):
             raise
         return last
+
+
+def _save(future: Future[Path], run_dir: Path) -> Path:
+    """Ask the workers to save and leave, and wait until they have.
+
+    They are asked again and again: a run that is just starting takes the file for one that an earlier run has left.
+    """
+    deadline_s = time.monotonic() + _SAVE_S
+    try:
+        while True:
+            write_atomic(run_dir / stops.FILE, b"")
+            left_s = deadline_s - time.monotonic()
+            try:
+                return future.result(timeout=max(0.0, min(_ASK_AGAIN_S, left_s)))
+            except TimeoutError as error:
+                if left_s <= 0:
+                    raise JobError(
+                        f"{run_dir}: expected the workers to save within {_SAVE_S:.0f} s, found them at it still; run "
+                        "the same command again to go on from the checkpoint before"
+                    ) from error
+    except (TrainingFailedError, RayError) as error:
+        raise JobError(f"{run_dir}: stopped, and a worker was lost before it saved: {_loss(error)}") from error
+    finally:
+        if future.done():
+            delete([run_dir / stops.FILE])
 
 
 def _loss(error: TrainingFailedError | RayError) -> str:

@@ -12,6 +12,8 @@ import pytest
 from torch.distributed import TCPStore
 
 from jobs import ranks
+from jobs.train import train
+from tests.model.conftest import _own_cache, features, make_job  # noqa: F401 - fixtures
 
 
 @pytest.fixture
@@ -114,3 +116,13 @@ def test_an_error_of_one_process_is_marked(tmp_path):
     [line] = done.stderr.splitlines()
     assert line.startswith("[rank 1] pixart train: ")
     assert "no such job file" in line
+
+
+def test_a_plan_is_printed_once(be, make_job, capsys):  # noqa: F811
+    job = make_job(data={"batches_per_step": 2})
+    be(1)
+    train(job, dry_run=True)
+    assert capsys.readouterr().out == ""
+    be(0)
+    train(job, dry_run=True)
+    assert "train: " in capsys.readouterr().out

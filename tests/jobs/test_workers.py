@@ -5,6 +5,8 @@ import os
 import queue
 import signal
 import sys
+import threading
+import time
 from concurrent.futures import Future
 from types import SimpleNamespace
 
@@ -15,6 +17,7 @@ from ray.train import ControllerError, WorkerGroupError
 
 from jobs import workers
 from jobs.train import train
+from pipelines.ending import Stopped
 from pixart_data.errors import ConfigError, DataError, JobError
 from pixart_model.config import Run
 from pixart_model.parallel import Abandoned
@@ -96,25 +99,60 @@ def test_a_stop_before_there_is_anything_to_save_leaves_the_run_alone(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_workers_that_do_not_save_in_time_are_left(tmp_path, monkeypatch):
-    monkeypatch.setattr(workers, "_SAVE_S", 0.1)
+@pytest.fixture
+def stopping(monkeypatch):
+    """A run that is asked to stop as soon as it is waited for; `asked` says what with."""
     handler = signal.getsignal(signal.SIGTERM)
     future = Future()
-    calls = iter([KeyboardInterrupt()])
     result = future.result
 
     def interrupted(timeout=None):
-        for error in calls:
-            raise error
+        if future.asked is not None:
+            asked, future.asked = future.asked, None
+            raise asked
         return result(timeout)
 
-    future.result = interrupted
-    try:
-        with pytest.raises(JobError, match="expected the workers to save within 0 s, found them at it still"):
-            workers._attend(future, tmp_path, SimpleNamespace(began=True))
-    finally:
-        signal.signal(signal.SIGTERM, handler)
-    assert (tmp_path / "stop").exists()
+    future.asked, future.result = KeyboardInterrupt(), interrupted
+    yield future
+    signal.signal(signal.SIGTERM, handler)
+
+
+def test_workers_that_do_not_save_in_time_are_left(tmp_path, monkeypatch, stopping):
+    monkeypatch.setattr(workers, "_SAVE_S", 0.1)
+    with pytest.raises(JobError, match="expected the workers to save within 0 s, found them at it still"):
+        workers._attend(stopping, tmp_path, SimpleNamespace(began=True))
+    assert (tmp_path / "stop").exists(), "they may still see it"
+
+
+@pytest.mark.parametrize("asked", [Stopped(), KeyboardInterrupt()], ids=lambda error: type(error).__name__)
+def test_a_run_that_is_just_starting_is_asked_again(tmp_path, monkeypatch, stopping, asked):
+    monkeypatch.setattr(workers, "_ASK_AGAIN_S", 0.05)
+    stopping.asked = asked
+    file = tmp_path / "stop"
+
+    def start_and_leave():
+        for _ in range(2):  # the first is taken for that of an earlier run
+            while not file.exists():
+                time.sleep(0.01)
+            file.unlink()
+        stopping.set_result(tmp_path / "step_00000001")
+
+    run = threading.Thread(target=start_and_leave)
+    run.start()
+    if isinstance(asked, KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt):
+            workers._attend(stopping, tmp_path, SimpleNamespace(began=True))
+    else:
+        assert workers._attend(stopping, tmp_path, SimpleNamespace(began=True)) == tmp_path / "step_00000001"
+    run.join()
+    assert not file.exists()
+
+
+@pytest.mark.parametrize("error", [LOST, ActorDiedError()], ids=lambda error: type(error).__name__)
+def test_workers_that_are_lost_while_they_save_do_not_start_again(tmp_path, stopping, error):
+    stopping.set_exception(error)
+    with pytest.raises(JobError, match="stopped, and a worker was lost before it saved"):
+        workers._attend(stopping, tmp_path, SimpleNamespace(began=True))
 
 
 def nodes(monkeypatch, *resources):

@@ -212,10 +212,3 @@ def test_unset_the_number_of_pictures_is_that_of_the_prompts():
     with pytest.raises(ValueError, match="num_images: expected at least 2, one for each prompt"):
         Grid(prompts=["a", "b"], num_images=1)
     assert json.loads(Grid(prompts=["a"]).model_dump_json())["num_images"] == 1
-
-
-def test_a_vae_that_is_not_there_is_named(make_job, tmp_path):
-    job = make_job(grid={"num_images": 1, "vae": str(tmp_path / "nowhere")})
-    message = "^grid.vae: .*nowhere cannot be loaded .*give a folder, or num_images = 0"
-    with pytest.raises(ConfigError, match=message), painting(job, tmp_path):
-        pass

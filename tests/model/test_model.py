@@ -238,13 +238,16 @@ def test_sampling_before_training_does_no_harm():
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler looks at it on its way
-@pytest.mark.parametrize("numbers", [{}, {"kv_compression": "conv", "modulation": "blocks"}], ids=str)
-def test_compiled_blocks_compute_the_same_and_compile_once_for_all_canvases_and_captions(numbers, monkeypatch):
+@pytest.mark.parametrize(
+    ("backend", "numbers"),  # with and without differentiating what was traced; no C++ is made of it
+    [("aot_eager", {}), ("eager", {"kv_compression": "conv", "modulation": "blocks", "qk_norm": True})],
+)
+def test_blocks_compute_the_same_compiled_once_for_all_canvases_and_captions(backend, numbers, monkeypatch):
     torch._dynamo.reset()
     counters.clear()
     plain = shake(tiny(width=24, **numbers))
     compiled = copy.deepcopy(plain)
-    compiled.compile_blocks(backend="aot_eager")  # traced and differentiated; no C++ is made of it
+    compiled.compile_blocks(backend)
     ways = []
     monkeypatch.setattr(
         model_module, "arrange", lambda *given, arrange=model_module.arrange: ways.append(arrange(*given)) or ways[-1]

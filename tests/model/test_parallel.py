@@ -1,3 +1,4 @@
+import copy
 import os
 
 import pytest
@@ -112,6 +113,12 @@ def spread(kind):
             assert kind == "ddp" or local(found).shape != expected.shape
             torch.testing.assert_close(whole(found.detach()), expected.detach(), rtol=0, atol=0)
             torch.testing.assert_close(whole(found.grad), expected.grad)
+        average = copy.deepcopy(alone).requires_grad_(False)
+        if called is together:
+            shard(average, world, torch.float32)
+        for _ in range(2):  # drawn from, and then again
+            with torch.inference_mode():
+                torch.testing.assert_close(average(inputs[0]), alone(inputs[0]))
 
 
 def spread_in_bf16():

@@ -1,9 +1,12 @@
+import random
+
 import pytest
 import torch
 
 from pixart_data.errors import ConfigError, DataError
 from pixart_model.conversion import from_diffusers, to_diffusers
 from pixart_model.model import PixArt
+from pixart_model.packing import pack
 from pixart_model.sizes import Model
 
 diffusers = pytest.importorskip("diffusers")
@@ -17,6 +20,10 @@ def make(micro, base_size=32, scale=1.0):
         size="tiny", depth=2, width=96, heads=4, caption_width=32, base_size=base_size, interpolation_scale=scale,
         micro_conditioning=micro,
     )  # fmt: skip
+    return config, *pair(config)
+
+
+def pair(config):
     torch.manual_seed(1)
     ours = PixArt(config)
     with torch.no_grad():  # nothing may hide behind the zeros of the initialisation
@@ -26,7 +33,7 @@ def make(micro, base_size=32, scale=1.0):
     weights, arguments = to_diffusers(ours.state_dict(), config)
     theirs = diffusers.PixArtTransformer2DModel(**arguments)
     theirs.load_state_dict(weights, strict=True)
-    return config, ours, theirs
+    return ours, theirs
 
 
 def inputs(height, width):
@@ -61,6 +68,47 @@ def test_outputs_agree(micro, canvas, base_size, scale):
         a, b = ours(**batch), run_theirs(theirs, **batch)
     assert a.abs().mean() > 0.1
     torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+def draw(seed):
+    """A configuration, a canvas that it has not been measured on, and captions of different lengths."""
+    numbers = random.Random(seed)
+    heads, patch, micro = numbers.choice([1, 2, 3]), numbers.choice([1, 2]), bool(seed % 2)
+    config = Model(
+        size="tiny", depth=numbers.choice([1, 2, 3]), heads=heads, width=heads * 12 * numbers.randint(1, 3),
+        patch=patch, in_channels=numbers.choice([3, 4, 16]), caption_width=numbers.randint(5, 40),
+        base_size=patch * numbers.randint(2, 16), interpolation_scale=numbers.choice([0.5, 1.0, 2.0, 4.0]),
+        micro_conditioning=micro,
+    )  # fmt: skip
+    canvas = [patch * numbers.randint(1, 12) for _ in range(2)]
+    batch = numbers.randint(1, 4)
+    torch.manual_seed(seed)
+    return config, {
+        "x": torch.randn(batch, config.in_channels, *canvas),
+        "t": torch.rand(batch) * 999,
+        "y": pack([torch.randn(numbers.randint(1, 20), config.caption_width) for _ in range(batch)]),
+        "mask": None,
+        "size_px": torch.rand(batch, 2) * 2000,
+        "ratio": torch.rand(batch) * 4,
+    }
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_random_models_agree_on_captions_of_any_length_in_outputs_and_gradients(seed):
+    config, batch = draw(seed)
+    ours, theirs = pair(config)
+    ragged = ours(**batch)
+    padded, mask = batch["y"].padded()
+    batch |= {"y": padded, "mask": mask}
+    expected = run_theirs(theirs, **batch)
+    assert expected.abs().mean() > 0.1
+    torch.testing.assert_close(ragged, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours(**batch), expected, atol=1e-5, rtol=0)
+    for out in (ragged, expected):
+        (out * torch.arange(out.numel()).sin().view_as(out)).mean().backward()
+    gradients = from_diffusers({name: p.grad for name, p in theirs.named_parameters()}, config)
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-5, rtol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("micro", [False, True], ids=["single", "micro"])
