@@ -39,10 +39,10 @@ class Split(NamedTuple):
     def attend(self, q: Tensor, kv: Tensor) -> Tensor:
         """Queries (B, N, H, d) and kv (M, 2, H, d) to (B, N, D)."""
         outs = []
-        for image, text in zip(q.unbind(0), kv.split(self.lengths), strict=True):
+        for image, text in zip(q.unbind(0), torch.split(kv, list(self.lengths)), strict=True):
             k, v = text.unbind(1)  # (n_i, H, d) each
-            by_head = [tokens.transpose(0, 1)[None] for tokens in (image, k, v)]  # (1, H, N or n_i, d) each
-            outs.append(F.scaled_dot_product_attention(*by_head))  # (1, H, N, d)
+            image, k, v = (tokens.transpose(0, 1)[None] for tokens in (image, k, v))  # (1, H, N or n_i, d) each
+            outs.append(F.scaled_dot_product_attention(image, k, v))  # (1, H, N, d)
         return torch.cat([out.transpose(1, 2).flatten(2) for out in outs])  # (B, N, D)
 
 
@@ -69,6 +69,7 @@ class Ragged(NamedTuple):
         out = varlen_attn(
             q.flatten(0, 1), k, v, self.image_offsets, self.offsets, max_q=q.shape[1], max_k=self.longest
         )  # (B N, H, d)
+        assert isinstance(out, Tensor)  # and not a pair, which is for who asks for more
         return out.view(*q.shape[:2], -1)  # (B, N, D)
 
 
@@ -88,7 +89,7 @@ class Spread(NamedTuple):
     def attend(self, q: Tensor, kv: Tensor) -> Tensor:
         """Queries (B, N, H, d) and kv (M, 2, H, d) to (B, N, D)."""
         padded = kv.new_zeros(self.mask.numel(), *kv.shape[1:]).index_copy(0, self.places, kv)  # (B L, 2, H, d)
-        return _attend(q, padded.unflatten(0, (self.mask.shape[0], self.mask.shape[3])), self.mask)
+        return _attend(q, padded.view(self.mask.shape[0], self.mask.shape[3], *kv.shape[1:]), self.mask)
 
 
 class Padded(NamedTuple):

@@ -62,7 +62,7 @@ class Positions:
         self._width, self._base, self._scale = width, base, scale
         self._axes: dict[tuple[int, torch.device], Tensor] = {}
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, rows: int, columns: int, device: torch.device) -> Tensor:
         """Return the embedding of a grid, fp32 (1, N, D)."""
         row, column = self.axis(rows, device), self.axis(columns, device)  # (rows, D / 2) and (columns, D / 2)
@@ -103,7 +103,7 @@ class NumberEmbed(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:  # noqa: D102
         frequencies = sinusoid(t)  # (B, 256)
-        out: Tensor = self.mlp(frequencies.to(self.mlp[0].weight.dtype))  # (B, D)
+        out: Tensor = self.mlp(frequencies.to(next(self.parameters()).dtype))  # (B, D)
         return out
 
 
@@ -177,7 +177,7 @@ class SelfAttention(nn.Module):
 
     def compress(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """Shorten keys or values: (B, N, H, D / H) to as many heads, each side of the grid divided and rounded up."""
-        cells = tokens.flatten(2).unflatten(1, grid).permute(0, 3, 1, 2)  # (B, D, rows, columns)
+        cells = tokens.view(len(tokens), *grid, -1).permute(0, 3, 1, 2)  # (B, D, rows, columns)
         if self.compression == "uniform":
             cells = cells[..., :: self.factor, :: self.factor]
         else:
@@ -187,7 +187,7 @@ class SelfAttention(nn.Module):
         fewer = cells.flatten(2).transpose(1, 2)  # (B, N / factor^2, D)
         if self.compression == "conv":
             fewer = self.norm(fewer).to(tokens.dtype)
-        return fewer.unflatten(2, tokens.shape[2:])
+        return fewer.reshape(*fewer.shape[:2], *tokens.shape[2:])
 
 
 class CrossAttention(nn.Module):

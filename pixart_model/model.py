@@ -72,8 +72,8 @@ class PixArt(Trunk):
         if isinstance(y, Packed):
             y = y._replace(tokens=self.y_embedder(self.cast(y.tokens)))  # (M, D)
             return arrange(y, image_tokens, self.config.heads, self.compiled)
-        y = self.y_embedder(self.cast(y))  # (B, L, D)
-        return Padded(y, None if mask is None else mask[:, None, None, :])
+        tokens = self.y_embedder(self.cast(y))  # (B, L, D)
+        return Padded(tokens, None if mask is None else mask[:, None, None, :])
 
     def _micro_condition(self, size_px: Tensor | None, ratio: Tensor | None) -> Tensor:
         if size_px is None or ratio is None:

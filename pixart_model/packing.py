@@ -36,7 +36,7 @@ class Packed(NamedTuple):
         """Return the captions as (B, L, D), zeros after each end, and their mask, bool (B, L), True on tokens."""
         mask, places = self.layout()
         text = self.tokens.new_zeros(mask.numel(), self.tokens.shape[-1])  # (B L, D)
-        return text.index_copy(0, places, self.tokens).unflatten(0, mask.shape), mask
+        return text.index_copy(0, places, self.tokens).view(*mask.shape, -1), mask
 
     def layout(self) -> tuple[Tensor, Tensor]:
         """Return the mask of padded captions, bool (B, L), and where in (B L,) each of the N tokens goes, int64."""

@@ -102,5 +102,6 @@ class Trunk(nn.Module):
 
     def unpatchify(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """Return patches (B, N, patch * patch * channels) as (B, channels, height, width)."""
-        x = x.unflatten(2, (self.config.patch, self.config.patch, -1)).unflatten(1, grid)  # (B, rows, columns, ...)
-        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, channels, height, width)
+        patch, (rows, columns) = self.config.patch, grid
+        x = x.view(len(x), rows, columns, patch, patch, -1).permute(0, 5, 1, 3, 2, 4)  # (B, channels, rows, patch, ...)
+        return x.reshape(*x.shape[:2], rows * patch, columns * patch)  # (B, channels, height, width)

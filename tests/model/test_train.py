@@ -5,9 +5,7 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
+import threading
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +23,7 @@ from pixart_model.dit import DiT
 from pixart_model.model import PixArt
 from pixart_model.networks import build
 from pixart_model.parallel import World
+from tests import teams
 from tests.model.conftest import change_manifest, damage, write_image_set, write_text_set
 
 
@@ -314,18 +313,10 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(make_job, tmp_path):
     out = tmp_path / "killed"
     job = make_job(run={"output": str(out), "num_steps": 100_000, "save_every": 2, "keep_last": 2})
     (tmp_path / "job.toml").write_text(resolved_toml(job))
-    code = (
-        "import sys, pathlib, torch; torch.set_num_threads(1)\n"
-        "from pixart_data.config import load; from pixart_model import config, train\n"
-        "train.run(load(config.Train, pathlib.Path(sys.argv[1])))"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "job.toml")])
-    deadline = time.monotonic() + 120
-    while not (out / "step_00000006").exists() and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.005)
+    process = teams.Team(tmp_path / "team", 1, teams.train, tmp_path / "job.toml")
+    process.wait_for(out / "step_00000006")
     process.kill()
-    process.wait()
-    assert process.returncode == -9, "it was still running"
+    assert process.wait() == [-signal.SIGKILL], "it was still running"
     reached = checkpoint.read_meta(checkpoint.latest(out)).step
     assert reached >= 6
     num_steps = reached + 3
@@ -491,3 +482,14 @@ def test_a_gpu_that_is_full_says_what_to_lower(make_job, monkeypatch):
     monkeypatch.setattr(steps, "batch_losses", full)
     with pytest.raises(JobError, match=r"data.batch_size: 4 samples do not fit .* run.grad_checkpointing = true"):
         train.run(make_job())
+
+
+def test_a_thread_that_may_not_listen_to_signals_heeds_the_file(make_job, tmp_path, after_step):
+    """Ray Train calls the loop in a thread of its worker."""
+    handlers, done = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)], []
+    after_step(2, (tmp_path / "run" / "stop").touch)
+    thread = threading.Thread(target=lambda: done.append(train.run(make_job())))
+    thread.start()
+    thread.join(120)
+    assert [path.name for path in done] == ["step_00000002"]
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
