@@ -13,7 +13,7 @@ Linear layers compute on the M true tokens whichever way is taken; the ways diff
 """
 
 import importlib.util
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -66,11 +66,11 @@ class Ragged(NamedTuple):
         from torch.nn.attention.varlen import varlen_attn  # not in every torch that can train here
 
         k, v = kv.unbind(1)  # (M, H, d) each
-        out = varlen_attn(
+        out: Any = varlen_attn(
             q.flatten(0, 1), k, v, self.image_offsets, self.offsets, max_q=q.shape[1], max_k=self.longest
         )  # (B N, H, d)
-        assert isinstance(out, Tensor)  # and not a pair, which is for who asks for more
-        return out.view(*q.shape[:2], -1)  # (B, N, D)
+        by_image: Tensor = out.view(*q.shape[:2], -1)  # (B, N, D)
+        return by_image
 
 
 class Spread(NamedTuple):

@@ -113,7 +113,7 @@ def _loop(state: State, setting: Setting, dataset: Dataset, output: _Output) -> 
                 meter.check()
                 with meter.paused():
                     last = _save(state, setting, dataset, output, saver)
-            if painter and painter.is_due(state.step, saves):
+            if painter and not wish and painter.is_due(state.step, saves):  # who asks to leave may not wait for long
                 with meter.paused():
                     meter.show(painter.draw(state.ema, state.step))
             if ends:

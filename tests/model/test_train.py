@@ -378,6 +378,25 @@ def test_who_asks_a_run_to_leave_finds_it_saved_and_can_go_on(make_job, tmp_path
     assert same(train.run(job), straight)
 
 
+def test_who_asks_to_leave_does_not_wait_for_pictures(make_job, monkeypatch, after_step):
+    drawn = []
+
+    class Painter:
+        def __init__(self, *_):
+            pass
+
+        def is_due(self, step, saved):
+            return saved
+
+        def draw(self, model, step):
+            drawn.append(step)
+
+    monkeypatch.setattr(train, "Painter", Painter)
+    after_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    train.run(make_job(grid={"num_images": 1}))
+    assert drawn == [3]
+
+
 def test_a_second_ctrl_c_does_not_wait(make_job, tmp_path, after_step):
     def twice():
         os.kill(os.getpid(), signal.SIGINT)
