@@ -8,7 +8,7 @@ computed.
 
 from torch import Tensor, nn
 
-from pixart_model.layers import Mlp, SelfAttention, modulate, modulator, normalize
+from pixart_model.layers import Mlp, SelfAttention, modulate, modulator
 from pixart_model.sizes import Model
 from pixart_model.trunk import Trunk
 
@@ -79,8 +79,8 @@ class ClassBlock(nn.Module):
         """Image tokens x (B, N, D) of a grid; c (B, D) is time and class."""
         modulation = self.adaLN_modulation(c)[:, None].chunk(6, dim=2)  # (B, 1, D) each
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
-        x = x + gate_msa * self.attn(modulate(normalize(x), shift_msa, scale_msa), grid)
-        out: Tensor = x + gate_mlp * self.mlp(modulate(normalize(x), shift_mlp, scale_mlp))
+        x = x + gate_msa * self.attn(modulate(x, shift_msa, scale_msa), grid)
+        out: Tensor = x + gate_mlp * self.mlp(modulate(x, shift_mlp, scale_mlp))
         return out
 
 
@@ -95,5 +95,5 @@ class ClassFinalLayer(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """Image tokens x (B, N, D); c (B, D) is time and class."""
         shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=2)  # (B, 1, D) each
-        out: Tensor = self.linear(modulate(normalize(x), shift, scale))
+        out: Tensor = self.linear(modulate(x, shift, scale))
         return out

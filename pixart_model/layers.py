@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from pixart_model.attention import Text
 
@@ -20,13 +21,39 @@ _STREAM_EPS = 1e-6
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Return `x * (1 + scale) + shift`: x (B, N, D), the others (B, 1, D)."""
-    return x * (1 + scale) + shift
+    """Return `normalize(x) * (1 + scale) + shift`: x (B, N, D), the others (B, 1, D)."""
+    if torch.compiler.is_compiling():  # the compiler decides by itself what to keep
+        return normalize(x) * (1 + scale) + shift
+    out: Tensor = _Modulation.apply(x, shift, scale)  # type: ignore[no-untyped-call]
+    return out
 
 
 def normalize(x: Tensor) -> Tensor:
     """Return tokens (B, N, D) with mean 0 and variance 1 over their channels."""
     return F.layer_norm(x, x.shape[-1:], eps=_STREAM_EPS)
+
+
+class _Modulation(torch.autograd.Function):
+    """`modulate` that keeps its input for the backward pass, and not the normalised tokens too.
+
+    The input is the residual stream, which is kept anyway: of a block's activations, a thirteenth is saved.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:  # noqa: D102
+        normalized, mean, inverse_std = torch.native_layer_norm(x, x.shape[-1:], None, None, _STREAM_EPS)
+        ctx.save_for_backward(x, mean, inverse_std, scale)
+        return torch.addcmul(shift, normalized, 1 + scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # noqa: D102
+        x, mean, inverse_std, scale = ctx.saved_tensors
+        grad_scale = (grad * ((x - mean) * inverse_std)).sum(1, keepdim=True)
+        grad_x = torch.ops.aten.native_layer_norm_backward(
+            grad * (1 + scale), x, x.shape[-1:], mean, inverse_std, None, None, [True, False, False]
+        )[0]
+        return grad_x, grad.sum(1, keepdim=True), grad_scale
 
 
 def sinusoid(t: Tensor, num_channels: int = _NUM_FREQUENCIES) -> Tensor:
@@ -228,9 +255,9 @@ class Block(nn.Module):
         """Image tokens x (B, N, D) of a grid; t (B, D) is time, t0 (B, 6, D) the modulation that all blocks share."""
         own = self.scale_shift_table if self.adaLN_modulation is None else self.adaLN_modulation(t).view_as(t0)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = (own + t0).chunk(6, dim=1)  # (B, 1, D) each
-        x = x + gate_msa * self.attn(modulate(normalize(x), shift_msa, scale_msa), grid)
+        x = x + gate_msa * self.attn(modulate(x, shift_msa, scale_msa), grid)
         x = x + self.cross_attn(x, y)
-        out: Tensor = x + gate_mlp * self.mlp(modulate(normalize(x), shift_mlp, scale_mlp))
+        out: Tensor = x + gate_mlp * self.mlp(modulate(x, shift_mlp, scale_mlp))
         return out
 
 
@@ -245,5 +272,5 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Conditioned on t (B, D) as it is before the MLP of the blocks."""
         shift, scale = (self.scale_shift_table + t[:, None]).chunk(2, dim=1)  # (B, 1, D) each
-        out: Tensor = self.linear(modulate(normalize(x), shift, scale))
+        out: Tensor = self.linear(modulate(x, shift, scale))
         return out

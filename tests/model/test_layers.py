@@ -82,7 +82,34 @@ def test_modulation_is_its_formula():
     x, shift, scale = torch.randn(2, 3, 8), torch.randn(2, 1, 8), torch.randn(2, 1, 8)
     mean, variance = x.mean(2, keepdim=True), x.var(2, unbiased=False, keepdim=True)
     expected = (x - mean) / (variance + 1e-6).sqrt() * (1 + scale) + shift
-    torch.testing.assert_close(modulate(normalize(x), shift, scale), expected)
+    torch.testing.assert_close(modulate(x, shift, scale), expected)
+
+
+def test_gradients_of_modulation_are_those_of_its_formula_and_less_is_kept():
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, n, 8, dtype=torch.float64, requires_grad=True) for n in (3, 1, 1)]
+    assert torch.autograd.gradcheck(modulate, inputs)
+    grad = torch.randn(2, 3, 8, dtype=torch.float64)
+
+    def backward(function):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            out = function(*inputs)
+        return torch.autograd.grad(out, inputs, grad), sum(t.numel() for t in kept if t.numel() == 48)
+
+    plainly = backward(lambda x, shift, scale: normalize(x) * (1 + scale) + shift)
+    ours = backward(modulate)
+    torch.testing.assert_close(ours[0], plainly[0])
+    assert ours[1] == 48 < plainly[1], "the input alone is kept"
+
+
+def test_modulation_takes_what_autocast_and_sharded_models_hand_it():
+    x = torch.randn(2, 3, 8, requires_grad=True)
+    shift, scale = (torch.randn(2, 1, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    out = modulate(x, shift, scale)
+    assert out.dtype == torch.float32
+    out.sum().backward()
+    assert (x.grad.dtype, scale.grad.dtype) == (torch.float32, torch.bfloat16)
 
 
 def textbook(q, k, v, heads):
