@@ -41,6 +41,10 @@ class Inputs:
     t: Tensor
     captions: list[Tensor]
 
+    def to(self, device: torch.device) -> "Inputs":
+        """Return the batch on a device."""
+        return Inputs(self.x.to(device), self.t.to(device), [one.to(device) for one in self.captions])
+
 
 @dataclass(frozen=True)
 class Contender:
@@ -52,14 +56,15 @@ class Contender:
 
 
 def contender(name: str, config: Model, inputs: Inputs) -> Contender:
-    """Build a network with the weights of seed 0 and prepare its inputs, which is not timed."""
-    ours = _ours(config)
+    """Build a network with the weights of seed 0, where its inputs are, and prepare those, which is not timed."""
+    device = inputs.x.device
+    ours = _ours(config).to(device)
     if name == OURS:
         packed = pack(inputs.captions)
         return Contender(name, ours, lambda: ours(inputs.x, inputs.t, packed))
     text, mask = _padded(inputs.captions)
     if name == DIFFUSERS:
-        theirs = _diffusers(ours, config)
+        theirs = _diffusers(ours, config).to(device)
         nothing = {"resolution": None, "aspect_ratio": None}
 
         def forward() -> Tensor:
@@ -70,7 +75,7 @@ def contender(name: str, config: Model, inputs: Inputs) -> Contender:
             return out
 
         return Contender(name, theirs, forward)
-    reference = Reference(config)
+    reference = Reference(config).to(device)
     reference.load_state_dict(ours.state_dict(), strict=True)
     return Contender(name, reference, lambda: reference(inputs.x, inputs.t, text, mask))
 
@@ -97,8 +102,8 @@ def _diffusers(ours: PixArt, config: Model) -> Any:
 def _padded(captions: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Return captions as (B, 120, caption_width), zeros after each end, and their mask, int64 (B, 120)."""
     text = torch.stack([F.pad(one, (0, 0, 0, MAX_TOKENS - len(one))) for one in captions])
-    lengths = torch.tensor([len(one) for one in captions])
-    return text, (torch.arange(MAX_TOKENS) < lengths[:, None]).long()
+    lengths = torch.tensor([len(one) for one in captions], device=text.device)
+    return text, (torch.arange(MAX_TOKENS, device=text.device) < lengths[:, None]).long()
 
 
 class Reference(nn.Module):

@@ -63,11 +63,8 @@ def check(contenders: list[Contender], target: Tensor) -> None:
         one.network.zero_grad(set_to_none=True)
         out = one.forward()
         (out - target).square().mean().backward()  # type: ignore[no-untyped-call]
-        patch = next(
-            p
-            for name, p in one.network.named_parameters()
-            if name.endswith(("x_embedder.proj.weight", "pos_embed.proj.weight"))
-        )  # noqa: E501
+        parameters = dict(one.network.named_parameters())
+        patch = next(parameters[name] for name in _FIRST_WEIGHTS if name in parameters)
         assert patch.grad is not None
         found[one.name] = (out.detach(), patch.grad / patch.grad.abs().max())
     for name, pair in found.items():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks import train_steps
+from benchmarks import train_speed, train_steps
 from benchmarks.networks import DIFFUSERS, OURS, REFERENCE, Inputs, contender
 from pixart_model.sizes import Model
 
@@ -62,3 +62,14 @@ def test_limits_are_held_and_shown():
     assert train_steps.missed({**times, REFERENCE: [0.9, 0.99, 1.0]}, memory)
     assert train_steps.missed(times, {**memory, OURS: 100_000_000})
     assert "MISSED" in train_steps.table({**times, DIFFUSERS: [1.0, 1.04, 2.0]}, memory)
+
+
+def test_the_comparison_on_a_gpu_runs_and_counts(monkeypatch):
+    monkeypatch.setattr(train_speed, "_UNTIMED", 1)
+    ours, theirs = train_speed.compare(TINY, 2, 1, compiled=False, device=torch.device("cpu"))
+    assert (ours.split()[:3], theirs.split()[:3]) == (["64", "px", OURS], ["64", "px", DIFFUSERS])
+    shown = train_speed.line(OURS, 256, 100, 0.5, 200e12, 800.0, 10**10)
+    assert "200.0 images/s" in shown
+    assert "400.0 TFLOP/s" in shown
+    assert "50.0% of 800" in shown
+    assert "10.0 GB" in shown
