@@ -1,6 +1,7 @@
 """A whole `PixArtAlphaPipeline` of diffusers around the transformer's weights: `pixart convert --to pipeline`."""
 
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,14 @@ def _require_match(weights: Weights, encoder: Any, vae: Any, text: _Place, image
                 f"{key}: expected {what} {expected}, which the transformer has, found {found} in {place.model}; give "
                 f"another with --set {key}=ID"
             )
+    trained = (weights.features or {}).get("image", {}).get("model", {})
+    for what in ("scaling_factor", "shift_factor"):
+        had, found = trained.get(what), getattr(vae.config, what, None) or 0.0
+        if had is not None and not math.isclose(had, found, rel_tol=1e-6):
+            raise ConfigError(
+                f"vae: expected {what} {had}, as the features have it that {weights.where} was trained on, found "
+                f"{found} in {image.model}; give the VAE that made them with --set vae=ID"
+            )
     if vae.config.shift_factor:
         raise ConfigError(
             f"vae: expected no shift_factor, which PixArtAlphaPipeline leaves out, found {vae.config.shift_factor} in "
@@ -158,6 +167,12 @@ def _say(weights: Weights) -> None:
     """Tell what has to be said to the pipeline when it is called."""
     policy = (weights.features or {}).get("text", {}).get("policy", {})
     limit = policy.get("max_tokens") or _PIPELINE_TOKENS
+    if policy.get("cleaning"):
+        log.warning(
+            "call the pipeline with clean_caption=False: by default it rewrites prompts as training (%s) did not "
+            "rewrite captions; it lower-cases them all the same, so where capitals matter give it prompt_embeds",
+            policy["cleaning"],
+        )
     if limit != _PIPELINE_TOKENS:
         log.warning("call the pipeline with max_sequence_length=%d: it was trained on captions up to that", limit)
     if weights.config.base_size not in _BINNED:

@@ -141,6 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         job = read_job(args)
         if outer:
             return int(resolve("jobs.submit:submit", "data")(args.command, job, outer, _told(args)))
+        _show_token()
         resolve(COMMANDS[name].function, COMMANDS[name].extra)(job, dry_run=args.dry_run)
     except PixArtError as error:
         if ranks.is_ours_to_say(str(error)):
@@ -156,6 +157,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             _complain(name, "stopped; run the same command again to go on where it was", 130)
         return 130
     return 0
+
+
+def _show_token() -> None:
+    """Let a running cluster see the token that is here: a command's module imports Ray, and then it is too late."""
+    if os.environ.get("RAY_ADDRESS"):
+        resolve("jobs.submit:show_token", "data")()
 
 
 def _told(args: argparse.Namespace) -> str:

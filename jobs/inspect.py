@@ -25,6 +25,8 @@ from pixart_data.storage import exists, local_copy, location, matching, read_byt
 from pixart_data.verdicts import GATE, Verdicts
 
 _META = "meta.json"
+_CONVERTED = ("model.safetensors", "model.pth", "model.pt")  # by `pixart convert`
+_NULL = {"own_length": "that of the empty string", "caption_length": "the reference's table, cut at their length"}
 _TEXT_WIDTH = 100
 _MOST_HEADER_BYTES = 1 << 20
 _ROWS_LOOKED_AT = 10_000  # for samples to show
@@ -79,6 +81,8 @@ def _look(path: Path, num_samples: int) -> tuple[str, Iterator[str]]:
     if (path / _META).is_file() or any(path.glob(f"step_*/{_META}")):
         return "checkpoint", _checkpoint(path)
     if (path / "config.json").is_file() or (path / "transformer" / "config.json").is_file():
+        return "weights", _weights(path)
+    if any((path / name).is_file() for name in _CONVERTED):
         return "weights", _weights(path)
     if (path / "stats.json").is_file():
         return "noun statistics", _statistics(path / "stats.json")
@@ -218,7 +222,7 @@ def _checkpoint(path: Path) -> Iterator[str]:
         model = meta.features[kind]["model"]
         yield f"  {kind:10} features of {model.get('id', 'unknown')}"
     if meta.null_caption is not None:
-        yield f"  no caption {meta.null_caption.replace('_', ' ')}"
+        yield f"  dropped    captions become {_NULL.get(meta.null_caption, meta.null_caption)}"
     yield f"  trained on {', '.join(f'{key} {value}' for key, value in meta.features['counts'].items())}"
     yield f"  goes on    {', '.join(f'{key} {value}' for key, value in meta.position.items())}"
     yield f"  written by {', '.join(f'{key} {value}' for key, value in meta.world.items())}"
@@ -226,6 +230,7 @@ def _checkpoint(path: Path) -> Iterator[str]:
 
 
 def _weights(path: Path) -> Iterator[str]:
+    from pixart_model.nulls import is_repeated
     from pixart_model.shapes import HEADS
     from pixart_model.weights import read
 
@@ -234,13 +239,16 @@ def _weights(path: Path) -> Iterator[str]:
     unread |= {"size", "heads", *found.assumed} | (set() if found.config.kv_compression else {"kv_compression_factor"})
     config = found.config.model_dump(exclude=unread, exclude_none=True)
     heads = found.config.heads if found.config.heads > 1 else HEADS.get(found.config.width, "not told")
-    average = "the moving average of the weights" if found.is_ema else "weights"
-    yield f"  {sum(tensor.numel() for tensor in found.tensors.values()):,} numbers in {len(found.tensors):,} {average}"
+    count = sum(tensor.numel() for tensor in found.tensors.values())
+    average = ", the moving average of the weights" if found.is_ema else ""
+    yield f"  {count:,} numbers in {len(found.tensors):,} tensors{average}"
     yield f"  model      {', '.join(f'{key} {value}' for key, value in {**config, 'heads': heads}.items())}"
     if found.assumed:
         yield f"  not told   {', '.join(found.assumed)}"
-    if found.null_table is not None:
-        yield f"  no caption the reference's table, {len(found.null_table)} rows"
+    if found.null_caption is not None or (found.null_table is not None and is_repeated(found.null_table)):
+        yield f"  dropped    captions become {_NULL['own_length']}"
+    elif found.null_table is not None:
+        yield f"  dropped    captions become {_NULL['caption_length']}, {len(found.null_table)} rows"
 
 
 def _table(path: Path, num_samples: int) -> Iterator[str]:

@@ -17,7 +17,17 @@ from pixart_data.models import versions
 from pixart_data.retries import storage
 from pixart_model.conversion import to_diffusers
 from pixart_model.layers import Positions
-from pixart_model.weights import CONFIG_KEY, DIFFUSERS_CONFIG, DIFFUSERS_WEIGHTS, NULL_TABLE, POSITIONS, Weights
+from pixart_model.weights import (
+    AVERAGE_KEY,
+    CONFIG_KEY,
+    DIFFUSERS_CONFIG,
+    DIFFUSERS_WEIGHTS,
+    FEATURES_KEY,
+    NULL_CAPTION,
+    NULL_TABLE,
+    POSITIONS,
+    Weights,
+)
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +60,9 @@ def write_transformer(weights: Weights, folder: Path) -> None:
 
 
 def write_safetensors(weights: Weights, folder: Path) -> None:
-    """Write one file under the reference's names, with the `model` section in its metadata.
+    """Write one file under the reference's names, with all that `weights.read` finds in a checkpoint.
+
+    The `model` section and what the features were made with are its metadata, the null caption a tensor.
 
     Raises:
         JobError: If the storage fails.
@@ -58,9 +70,13 @@ def write_safetensors(weights: Weights, folder: Path) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in weights.tensors.items()}
     if weights.null_table is not None:
         tensors[NULL_TABLE] = weights.null_table.contiguous()
-    config = json.dumps(weights.config.model_dump(exclude=set(weights.assumed)))
+    if weights.null_caption is not None:
+        tensors[NULL_CAPTION] = weights.null_caption.contiguous()
+    config = weights.config.model_dump(exclude=set(weights.assumed))
+    told = {CONFIG_KEY: config, FEATURES_KEY: weights.features, AVERAGE_KEY: weights.is_ema}
+    metadata = {"format": "pt", **{key: json.dumps(value) for key, value in told.items() if value is not None}}
     with _writing(folder):
-        save_file(tensors, folder / "model.safetensors", {"format": "pt", CONFIG_KEY: config})
+        save_file(tensors, folder / "model.safetensors", metadata)
 
 
 def write_pth(plain: Weights, average: Weights | None, folder: Path) -> None:

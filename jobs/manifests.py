@@ -90,9 +90,11 @@ def with_workers(job: Section, options: argparse.Namespace) -> Section:
         )
     world, batches = asked or told, job.data.batches_per_step
     if world and batches % world:
+        more, size = world * -(-batches // world), job.data.batch_size
         raise ConfigError(
             f"data.batches_per_step: expected a multiple of the {world} GPUs that train runs on, found {batches}; "
-            f"give e.g. --set data.batches_per_step={world}, or other --nodes and --gpus-per-node"
+            f"give --set data.batches_per_step={more}, which makes a step of {more * size:,} samples in place of "
+            f"{batches * size:,} (data.batch_size sets it right), or other --nodes and --gpus-per-node"
         )
     run = job.run.model_copy(update={"num_workers": 0 if options.on == "slurm" else world})
     return job.model_copy(update={"run": run})

@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 
 GRID = "grid.png"
 PROMPTS = "prompts.txt"
+_MOST_ON_A_SHEET = 100  # pictures, which are held in memory until it is made
 
 
 def sample(job: Sample, dry_run: bool) -> None:
@@ -54,9 +56,8 @@ def sample(job: Sample, dry_run: bool) -> None:
         seeds = [job.seed + start + i for i in range(len(batch))]
         latents.append(sample_latents(model, batch, null_caption, bucket, seeds, job.guidance, job.num_steps))
         log.info("sample: %d of %d drawn", start + len(batch), len(prompts))
-    del model
-    pictures = _decode(job, meta.features["image"], latents)
-    _write(job, path, prompts, pictures)
+    del model  # the VAE takes its place
+    _write(job, path, prompts, _decoded(job, meta.features["image"], latents))
 
 
 def _prompts(job: Sample) -> list[str]:
@@ -94,7 +95,8 @@ def _encode(job: Sample, facts: dict[str, Any], prompts: list[str]) -> list[torc
     return encoder.encode(prompts)
 
 
-def _decode(job: Sample, facts: dict[str, Any], latents: list[torch.Tensor]) -> list[Image.Image]:
+def _decoded(job: Sample, facts: dict[str, Any], latents: list[torch.Tensor]) -> Iterator[Image.Image]:
+    """Return pictures, each made when it is asked for: all of them may be more than memory holds."""
     trained = facts["model"]
     section = ImageFeatures(
         model=job.vae or trained["id"],
@@ -105,13 +107,18 @@ def _decode(job: Sample, facts: dict[str, Any], latents: list[torch.Tensor]) -> 
     )
     vae = ImageEncoder(section, setting="vae")
     factor = trained["scaling_factor"]
-    return [vae.decode(z[None] / factor + trained["shift_factor"])[0] for batch in latents for z in batch]
+    return (vae.decode(z[None] / factor + trained["shift_factor"])[0] for batch in latents for z in batch)
 
 
-def _write(job: Sample, path: Path, prompts: list[str], pictures: list[Image.Image]) -> None:
+def _write(job: Sample, path: Path, prompts: list[str], pictures: Iterator[Image.Image]) -> None:
+    """Write pictures as they come. Their list comes first: the next run clears away what a killed one has left."""
     output = make_dir(Path(job.output))
     _make_room(output)
     write_atomic(output / "job.toml", resolved_toml(job).encode())
+    names = [f"{i:04d}.png {' '.join(prompt.split())}\n" for i, prompt in enumerate(prompts)]
+    write_atomic(output / PROMPTS, "".join(names).encode())
+    has_sheet = len(prompts) <= _MOST_ON_A_SHEET
+    shown = []
     for i, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):
         info = PngInfo()
         settings = {"seed": job.seed + i, "guidance": job.guidance, "num_steps": job.num_steps, "checkpoint": path}
@@ -119,19 +126,23 @@ def _write(job: Sample, path: Path, prompts: list[str], pictures: list[Image.Ima
             info.add_itxt(name, str(value))
         with storage(output):
             picture.save(output / f"{i:04d}.png", pnginfo=info)
-    with storage(output):
-        contact_sheet(pictures).save(output / GRID)
-        lines = [f"{i:04d}.png {' '.join(prompt.split())}\n" for i, prompt in enumerate(prompts)]
-        (output / PROMPTS).write_text("".join(lines), encoding="utf-8")
-    print(f"sample: {len(pictures)} images -> {output}, all on one sheet in {output / GRID}")
+        if has_sheet:
+            shown.append(picture)
+    sheet = f"more than {_MOST_ON_A_SHEET}, so there is no sheet of all of them"
+    if has_sheet:
+        with storage(output):
+            contact_sheet(shown).save(output / GRID)
+        sheet = f"all on one sheet in {output / GRID}"
+    print(f"sample: {len(prompts)} images -> {output}, {sheet}")
 
 
 def _make_room(output: Path) -> None:
-    """Delete the pictures of an earlier run into the same folder: those that its list names, and nothing else."""
+    """Delete the pictures of an earlier run into the same folder: those that its list names, and their sheet."""
     listed = output / PROMPTS
     lines = listed.read_text(encoding="utf-8").splitlines() if listed.is_file() else []
     for name in (line.split(" ", 1)[0] for line in lines):
         if re.fullmatch(r"\d{4,}\.png", name):
             (output / name).unlink(missing_ok=True)
     if lines:
+        (output / GRID).unlink(missing_ok=True)
         log.info("sample: %s held %d pictures of an earlier run; they are replaced", output, len(lines))

@@ -8,6 +8,7 @@ from jobs import ranks, rehearsal
 from jobs.prompts import encode_prompts
 from jobs.submit import show_token
 from pixart_data.errors import ConfigError
+from pixart_model import checkpoint, trackers
 from pixart_model import train as training
 from pixart_model.config import Train
 from pixart_model.dataset import open_dataset
@@ -40,12 +41,27 @@ def _launch(job: Train) -> Path:
 
 
 def rehearse(job: Train) -> None:
-    """Do everything that comes before the first step and writes nothing, and print the arithmetic of the job."""
-    by_class = job.model.condition == "class"
-    classes = job.model.num_classes if by_class else None
+    """Do everything that comes before the first step and writes nothing, and print the arithmetic of the job.
+
+    Of several processes the first one does it.
+
+    Raises:
+        ConfigError: What training would refuse to begin, or to go on, with; likewise DataError.
+    """
+    if not ranks.is_first():
+        return
+    training.require_shares(job, job.run.num_workers or int(os.environ.get("WORLD_SIZE", "1")))
+    trackers.require(job.run)
+    classes = job.model.num_classes if job.model.condition == "class" else None
     with contextlib.closing(open_dataset(job.data, job.run.seed, classes)) as dataset:
         dataset.require(job.model)
-        if not by_class:
-            dataset.null_caption()
-        for line in rehearsal.lines(job, dataset) if ranks.is_first() else ():
+        last = checkpoint.latest(Path(job.run.output))
+        done = 0 if last is None else training.steps_done(job, dataset, last)
+        if done >= job.run.num_steps:
+            print(f"train: {job.run.output}: finished: {done} of {job.run.num_steps} steps; nothing to do")
+            return
+        rehearsal.require_begins(job, dataset, last)
+        if job.grid.num_images:
+            rehearsal.require_drawable(job, dataset)
+        for line in rehearsal.lines(job, dataset, last, done):
             print(f"train: {line}")

@@ -1,6 +1,7 @@
 """Where a run of `pixart train` stands, for `pixart status`: read from its directory, without torch."""
 
 import json
+import math
 import re
 import shlex
 import tomllib
@@ -18,6 +19,7 @@ from pixart_model.costs import Spent
 from pixart_model.journal import METRICS, Journal
 
 _CONFIG, _META, _NONFINITE = "config.toml", "meta.json", "nonfinite.json"
+_GO_ON = "go on from the last checkpoint"
 _CHECKPOINT = re.compile(r"step_(\d{8,})")
 
 
@@ -35,7 +37,9 @@ class Training:
         num_steps: That it is to do; None where its job file is not there yet.
         line: The last one of `metrics.jsonl`; empty before there is one.
         saved_step: Of the last checkpoint; None where there is none.
-        bad_step: Whose loss or gradient was not finite, if that is how it ended.
+        alarm: What `nonfinite.json` says of the step whose loss or gradient was not finite, if that is how it ended;
+            empty otherwise.
+        dollars_per_gpu_hour: As its job file has it; None where that is not there yet.
         holder: Who trains, or did last.
     """
 
@@ -43,7 +47,8 @@ class Training:
     num_steps: int | None
     line: dict[str, Any]
     saved_step: int | None
-    bad_step: int | None
+    alarm: dict[str, Any]
+    dollars_per_gpu_hour: float | None
     holder: Holder | None
 
     @classmethod
@@ -57,11 +62,18 @@ class Training:
         line = lines[-1] if lines else {}
         found = (_CHECKPOINT.fullmatch(path.name) for path in matching(root, "step_*"))
         saved = max((int(match[1]) for match in found if match), default=None)
-        bad_step = _field(root / _NONFINITE, json.loads, "step")
-        run = _field(root / _CONFIG, tomllib.loads, "run") or {}
-        after = max(line.get("step", 0), saved or 0)
+        job = _table(root / _CONFIG, tomllib.loads)
+        alarm = _table(root / _NONFINITE, json.loads)
+        is_past = alarm.get("step", 0) <= max(line.get("step", 0), saved or 0)
+        is_older = alarm.get("time_unix_s", math.inf) < line.get("time_unix_s", 0.0)
         return cls(
-            root, run.get("num_steps"), line, saved, bad_step if (bad_step or 0) > after else None, last_holder(root)
+            root,
+            job.get("run", {}).get("num_steps"),
+            line,
+            saved,
+            {} if is_past or is_older else alarm,
+            job.get("cost", {}).get("dollars_per_gpu_hour"),
+            last_holder(root),
         )
 
     @property
@@ -71,7 +83,7 @@ class Training:
             return "running"
         if self.num_steps is not None and (self.saved_step or 0) >= self.num_steps:
             return "done"
-        if self.bad_step is not None:
+        if self.alarm:
             return "failed"
         return "stopped" if self.holder is None or self.holder.released else "dead"
 
@@ -92,7 +104,7 @@ class Training:
             "step": self.step,
             "num_steps": self.num_steps,
             "saved_step": self.saved_step,
-            "nonfinite_step": self.bad_step,
+            "nonfinite_step": self.alarm.get("step"),
             "dollars_in_all": self._dollars_in_all(),
         }
         return {**self.line, **more}
@@ -104,7 +116,7 @@ class Training:
             where = self.root / _NONFINITE
             yield (
                 "error",
-                f"the loss or the gradient of step {self.bad_step:,} is not finite; its samples are in {where}",
+                f"the loss or the gradient of step {self.alarm['step']:,} is not finite; its samples are in {where}",
             )
         of = "" if self.num_steps is None else f" of {self.num_steps:,} ({self.step / self.num_steps:.1%})"
         saved = "no checkpoint yet" if self.saved_step is None else f"the last checkpoint at {self.saved_step:,}"
@@ -113,9 +125,10 @@ class Training:
             yield from self._last_line(now_unix_s)
         again = f"pixart train {shlex.quote(str(self.root / _CONFIG))}"
         if self.state == "failed":
-            yield "next", f"lower optim.lr or set run.dtype = 'fp32', then, to go on from the last checkpoint: {again}"
+            yield "next", f"{self.alarm.get('advice', 'lower optim.lr, and run the same command again')}: {again}"
         elif self.state == "dead":
-            yield "next", f"it was killed; to go on from the last checkpoint: {again}"
+            how = "begin anew, for it has no checkpoint yet" if self.saved_step is None else _GO_ON
+            yield "next", f"it was killed; to {how}: {again}"
         elif self.state == "stopped":
             yield "next", f"it was stopped; to go on where it was: {again}"
 
@@ -145,7 +158,7 @@ class Training:
         if "gpu_hours" in line:
             in_all = self._dollars_in_all()
             expected = "" if in_all is None or self.state == "done" else f", about ${in_all:,.2f} in all"
-            yield "cost", f"{Spent.read(line).text()} so far{expected}"
+            yield "cost", f"{Spent.read(line).text(line.get('device', 'cuda'))} so far{expected}"
         if line.get("skipped"):
             yield "skipped", f"{line['skipped']:,} damaged samples in the last steps were replaced by others"
 
@@ -154,17 +167,21 @@ class Training:
         return None if told is None else max(0.0, now_unix_s - float(told))
 
     def _dollars_in_all(self) -> float | None:
-        """What it will have cost if it goes on as it did."""
-        if self.num_steps is None or "dollars" not in self.line or not self.line["step"]:
+        """What it will have cost: what is spent, and the rest at the pace and on the devices of the last line."""
+        line, rate = self.line, self.dollars_per_gpu_hour
+        if rate is None or not {"dollars", "seconds_left", "num_processes"} <= line.keys():
             return None
-        return float(self.line["dollars"]) * self.num_steps / float(self.line["step"])
+        return float(line["dollars"] + line["seconds_left"] / 3600 * line["num_processes"] * rate)
 
 
-def _field(path: Path, parse: Any, name: str) -> Any:
-    """Return a field of a file; None where there is no file."""
+def _table(path: Path, parse: Any) -> dict[str, Any]:
+    """Return what is in a file; nothing where there is none."""
     if not exists(path):
-        return None
+        return {}
     try:
-        return parse(read_bytes(path).decode()).get(name)
-    except (ValueError, AttributeError) as error:
+        found = parse(read_bytes(path).decode())
+        if not isinstance(found, dict):
+            raise TypeError(f"expected a table, found {type(found).__name__}")
+    except (ValueError, TypeError) as error:
         raise DataError(f"{path}: cannot be read ({error}); move it away, and a run writes it anew") from error
+    return found

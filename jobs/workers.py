@@ -8,6 +8,7 @@ the steps since then. What the first worker logs is shown here, as if it ran her
 import contextlib
 import logging
 import os
+import re
 import signal
 import tempfile
 import threading
@@ -24,6 +25,8 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from torch import OutOfMemoryError
+from torch.distributed import DistError
 
 from jobs.ranks import is_one_of_several
 from pipelines.cluster import connect
@@ -43,6 +46,7 @@ _SAVE_S = 270.0  # within the 300 s that a submitted job of train is given to en
 _ASK_AGAIN_S = 3.0
 _MOST_LOSSES = 3  # in a row, with no checkpoint between them
 _START_S = 1800  # a machine that was taken away needs a while to be replaced
+_OF_MACHINES = re.compile(r"CUDA (driver )?error|CUBLAS|CUDNN|NCCL|gloo", re.IGNORECASE)
 _PACKAGES = ("jobs", "pixart_data", "pixart_model")
 
 
@@ -262,7 +266,7 @@ def _loss(error: TrainingFailedError | RayError) -> str:
     for rank, failure in failures.items():
         if isinstance(failure, PixArtError) and not isinstance(failure, Abandoned):
             raise failure from None
-        if not isinstance(failure, Abandoned | RuntimeError | OSError) and not _is_of_ray(failure):
+        if not _may_pass(failure):
             log.error("worker %d: %s", rank, error)  # with the traceback in the worker
             raise failure
     gone = [rank for rank, failure in failures.items() if _is_of_ray(failure)]
@@ -270,6 +274,17 @@ def _loss(error: TrainingFailedError | RayError) -> str:
         return f"worker {', '.join(map(str, gone))} died"
     told = [failure for failure in failures.values() if not isinstance(failure, Abandoned)] or [error]
     return " ".join(str(told[0]).split())[:300]
+
+
+def _may_pass(failure: Exception) -> bool:
+    """Whether a failure is of machines, networks and storage, and not of the job: another attempt may do without it.
+
+    Out of memory is none of these: it was too much for the job's batches, and will be again.
+    """
+    if isinstance(failure, Abandoned | OSError | DistError) or _is_of_ray(failure):
+        return True
+    is_memory = isinstance(failure, OutOfMemoryError)
+    return isinstance(failure, RuntimeError) and not is_memory and _OF_MACHINES.search(str(failure)) is not None
 
 
 def _is_of_ray(failure: Exception) -> bool:

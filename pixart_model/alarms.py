@@ -7,6 +7,7 @@ last step has been looked at.
 
 import json
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +16,9 @@ import torch
 from torch import Tensor
 
 from pixart_data.errors import JobError, PixArtError
-from pixart_data.storage import write_atomic
 
 if TYPE_CHECKING:
     from pixart_model.batches import Names
-    from pixart_model.parallel import World
 
 NONFINITE = "nonfinite.json"
 _MOST_NAMED = 16
@@ -83,10 +82,24 @@ def suspects(rank: int, numbers: Sequence[int], losses: Sequence[Tensor], names:
     return found
 
 
+def advice(dtype: torch.dtype, has_checkpoint: bool) -> str:
+    """Return what to do about it.
+
+    Args:
+        dtype: Of the run's arithmetic.
+        has_checkpoint: Whether there is one to go on from.
+    """
+    change = "lower optim.lr or set run.dtype = 'fp32'"
+    if dtype == torch.float32:
+        change = "lower optim.lr, raise optim.warmup_steps, or look at the samples that are named"
+    where = "go on from the last checkpoint" if has_checkpoint else "begin anew, for it has no checkpoint yet"
+    return f"{change}, and run the same command again to {where}"
+
+
 def failure(
-    run_dir: Path, step: int, values: tuple[float, float], lr: float | None, batches: list[Any], world: "World"
-) -> JobError:
-    """Return the error to stop with, and leave all that is known in `nonfinite.json`, from the first process.
+    run_dir: Path, step: int, values: tuple[float, float], lr: float | None, batches: list[Any], advised: str
+) -> tuple[JobError, bytes]:
+    """Return the error to stop with, and all that is known, for `nonfinite.json`.
 
     Args:
         run_dir: The run's directory.
@@ -94,19 +107,20 @@ def failure(
         values: Its loss and the norm of its gradient.
         lr: Its learning rate, where it is known.
         batches: What `suspects` found on all processes.
-        world: Where this one stands among them.
+        advised: What to do about it.
     """
     bad = [batch for batch in batches if not batch["finite"]] or batches  # a gradient alone: any of them
     keys = [key for batch in bad for key in batch["keys"]]
-    if world.is_first:
-        known = {"step": step, "loss": _plain(values[0]), "grad_norm": _plain(values[1]), "lr": lr, "keys": keys}
-        write_atomic(run_dir / NONFINITE, json.dumps({**known, "batches": batches}, indent=1).encode())
+    known = {
+        "step": step, "loss": _plain(values[0]), "grad_norm": _plain(values[1]), "lr": lr, "advice": advised,
+        "time_unix_s": round(time.time(), 3), "keys": keys, "batches": batches,
+    }  # fmt: skip
     named = ", ".join(keys[:_MOST_NAMED]) + (f" and {len(keys) - _MOST_NAMED:,} more" if keys[_MOST_NAMED:] else "")
-    return JobError(
+    error = JobError(
         f"step {step}: expected a finite loss and gradient, found {values[0]} and {values[1]}, of {named} (all in "
-        f"{run_dir / NONFINITE}); lower optim.lr or set run.dtype = 'fp32', and run the same command again to go on "
-        "from the last checkpoint"
+        f"{run_dir / NONFINITE}); {advised}"
     )
+    return error, json.dumps(known, indent=1).encode()
 
 
 def _plain(values: Any) -> Any:

@@ -40,7 +40,7 @@ class Names:
         return Names, (self.images if isinstance(self.images, bytes) else pickle.dumps(self.images), self.rows)
 
     def keys(self) -> list[str]:
-        """Return the keys; the first call for a set reads all of its keys."""
+        """Return the keys; the parts of the index that hold them are read, each time."""
         images = _unpickled(self.images) if isinstance(self.images, bytes) else self.images
         return images.keys(self.rows.tolist())
 

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pixart_data.errors import ConfigError
+from pixart_data.errors import ConfigError, DataError
 from pixart_model.config import Init
 from pixart_model.networks import Network
-from pixart_model.nulls import NullCaption
+from pixart_model.nulls import NullCaption, is_repeated
 from pixart_model.reparameterisation import TIMESTEP, TRUNK, reparameterise, require_same, silent_sizes
 from pixart_model.sizes import Model
-from pixart_model.weights import Weights, read
+from pixart_model.weights import NULL_TABLE, Weights, read
 
 _COMPRESSION = ("kv_compression", "kv_compression_factor", "kv_compression_from")
 _FACTS = (
@@ -49,7 +49,7 @@ def begin(init: Init, model: Network, features: Mapping[str, Any]) -> NullCaptio
         ConfigError: If the weights are of another size, of a kind that does not become the job's, or of features of
             another VAE or text encoder than the dataset's; or if they lack the null caption that is asked for. The
             message names the key.
-        DataError: If the weights are damaged.
+        DataError: If the weights are damaged, or one is not a finite number.
     """
     if init.weights is None:
         if init.null_caption == "reference":
@@ -60,16 +60,27 @@ def begin(init: Init, model: Network, features: Mapping[str, Any]) -> NullCaptio
         return None
     heads = {"heads": model.config.heads}  # for files that do not tell: they leave no trace in shapes
     weights = read(init.weights, init.use_ema, heads)
+    _require_finite(weights)
     changed = _compare_features(weights, features, init.other_features)
     state = model.state_dict()
     taken, how = _adapt(weights, model.config, state, init)
     null_caption = _null_caption(weights, features) if init.null_caption == "reference" else None
     model.load_state_dict(state | taken, strict=True)
     account = _account(weights, model.config, how, state.keys() - taken.keys(), changed)
-    if weights.null_table is not None and null_caption is None:
+    if weights.null_table is not None and null_caption is None and not is_repeated(weights.null_table):
         account += "; null caption: of the empty string from now on, not the table that they were trained with"
     _log.info("%s", account)
     return null_caption
+
+
+def _require_finite(weights: Weights) -> None:
+    table = {} if weights.null_table is None else {NULL_TABLE: weights.null_table}
+    for name, tensor in {**weights.tensors, **table}.items():
+        if not tensor.isfinite().all():
+            raise DataError(
+                f"{weights.where}: {name}: expected finite numbers, found NaN or infinity; start from a checkpoint "
+                "before training diverged, or copy the file again"
+            )
 
 
 def _adapt(weights: Weights, wanted: Model, state: dict[str, Tensor], init: Init) -> tuple[dict[str, Tensor], str]:
@@ -78,7 +89,9 @@ def _adapt(weights: Weights, wanted: Model, state: dict[str, Tensor], init: Init
     require_same(found, wanted, TRUNK, where)
     if (found.condition, wanted.condition) == ("class", "caption"):
         made = reparameterise(weights.tensors, found, wanted, init.shared_mlp, init.without_class, state)
-        options = f"shared_mlp = {init.shared_mlp}, without_class = {init.without_class}"
+        options = f"without_class = {init.without_class}"
+        if wanted.modulation == "single":  # with "blocks", each keeps its own MLP
+            options = f"shared_mlp = {init.shared_mlp}, {options}"
         taken = {name: tensor for name, tensor in made.items() if tensor is not state[name]}
         return taken, f"DiT, re-parameterised at t = {TIMESTEP} ({options}), captions without effect yet"
     if found.condition != wanted.condition:
@@ -136,6 +149,8 @@ def _compare_features(weights: Weights, features: Mapping[str, Any], other_featu
     differences = []
     for part, fact, what in _FACTS:
         before, now = (_model_facts(facts, part) for facts in (weights.features or {}, features))
+        if fact == "id":
+            fact = _deciding(before, now)
         if before and now and (before.get(fact) or 0.0) != (now.get(fact) or 0.0):
             differences.append(_Difference(what, fact, before.get(fact), now.get(fact)))
     if differences and not other_features:
@@ -146,6 +161,16 @@ def _compare_features(weights: Weights, features: Mapping[str, Any], other_featu
             "features, or, to adapt the weights or if both are the same model, set init.other_features = true"
         )
     return differences
+
+
+def _deciding(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Return which fact tells whether two encoders are one: what is in the folders, or else what they are called.
+
+    A folder may be copied to another place, or get other weights; the revision of a hub id is no other encoder.
+    """
+    contents = [str(facts.get("identity") or "") for facts in (before, now)]
+    are_folders = all(content.startswith("folder:") for content in contents)
+    return "identity" if are_folders or (contents[0] and contents[0] == contents[1]) else "id"
 
 
 def _model_facts(facts: Mapping[str, Any], part: str) -> Mapping[str, Any]:

@@ -34,7 +34,6 @@ from torch import Tensor
 from pixart_data.commits import PublishedFile, file_sha256
 from pixart_data.config import digest
 from pixart_data.errors import ConfigError, DataError
-from pixart_data.retries import storage
 from pixart_model.conversion import require_keys
 from pixart_model.networks import Network, build
 from pixart_model.nulls import NullCaption
@@ -218,20 +217,35 @@ def find(path: Path) -> Path:
     return found
 
 
-def prune(run_dir: Path, keep_last: int) -> None:
+def prune(run_dir: Path, keep_last: int) -> OSError | None:
     """Delete a run's checkpoints but the last `keep_last`, at least one, and what killed runs left behind.
 
-    Nothing of the run may be being written.
+    Nothing of the run may be being written. Storage may refuse, such as NFS while somebody reads a file that is to go:
+    what can be deleted is, and the rest when this is called again.
 
-    Raises:
-        JobError: If the storage fails.
+    Returns:
+        Why something is left, if so.
     """
-    with storage(run_dir):
-        for path in _checkpoints(run_dir)[: -max(1, keep_last)]:
+    refused = None
+    for path in _checkpoints(run_dir)[: -max(1, keep_last)]:
+        try:
             os.rename(path, path.with_name(f"{TEMPORARY}{path.name}-old"))
             _log.info("deleted %s", path)
-        for path in run_dir.glob(f"{TEMPORARY}step_*"):
-            shutil.rmtree(path)
+        except OSError as error:
+            refused = error
+    for path in run_dir.glob(f"{TEMPORARY}step_*"):
+        refused = _delete(path) or refused
+    return refused
+
+
+def _delete(path: Path) -> OSError | None:
+    try:
+        shutil.rmtree(path, ignore_errors=True)  # all that can go, beyond the first that cannot
+        if path.exists():
+            shutil.rmtree(path)  # says why
+    except OSError as error:
+        return error
+    return None
 
 
 def _checkpoints(run_dir: Path) -> list[Path]:

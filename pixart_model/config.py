@@ -141,7 +141,7 @@ class Run(Section):
     keep_last: int = Field(default=3, ge=1)
     """Checkpoints kept; older ones are deleted."""
     dtype: Precision = "auto"
-    """Of the arithmetic; weights and optimizer stay fp32. `auto`: bf16 on a GPU, fp32 on a CPU."""
+    """Of the arithmetic; weights and optimizer stay fp32. `auto`: bf16 on a GPU that has it (since A100), else fp32."""
     device: Device = "auto"
     """`auto`: a GPU if there is one."""
     grad_checkpointing: bool = False
@@ -152,6 +152,8 @@ class Run(Section):
     """With several processes: each holds all weights (DDP), or a share of weights, averages and optimizer (FSDP2)."""
     num_workers: int = Field(default=0, ge=0)
     """Processes that Ray Train starts on the Ray cluster, each with a GPU; 0: this process, or those of `torchrun`."""
+    log_keys: bool = False
+    """Write the keys of every step to `keys.jsonl` of the run's directory: large."""
     tensorboard: bool = False
     """Write the metrics for TensorBoard too, into `tensorboard/` of the run's directory."""
     wandb_project: str | None = None

@@ -37,7 +37,7 @@ _INSIDE: dict[str, tuple[str, ...]] = {
     "mlp.fc1": ("ff.net.0.proj",),
     "mlp.fc2": ("ff.net.2",),
 }
-_BLOCK = re.compile(r"(?:transformer_)?blocks\.(\d+)\.")
+_BLOCK = re.compile(r"((?:transformer_)?blocks\.)(\d{1,9})\.(.*)", re.DOTALL)
 _DIFFUSERS = "diffusers' PixArtTransformer2DModel"
 
 
@@ -59,22 +59,14 @@ def to_diffusers(weights: Mapping[str, Tensor], config: Model) -> tuple[dict[str
     return converted, _diffusers_config(config)
 
 
-def from_diffusers(weights: Mapping[str, Tensor], config: Model) -> dict[str, Tensor]:
-    """Return diffusers' weights under the reference's names.
-
-    Raises:
-        DataError: If a weight is missing or surplus, naming it.
-    """
-    return _joined("weights of diffusers", weights, config.depth, config.micro_conditioning)
-
-
 def native(where: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return diffusers' weights under the reference's names; what model they are of is read off their own names.
 
     Raises:
         DataError: If a weight is missing or surplus, naming it.
     """
-    return _joined(where, weights, num_blocks(weights), any(".resolution_embedder." in name for name in weights))
+    depth = num_blocks(where, weights)
+    return _joined(where, weights, depth, any(".resolution_embedder." in name for name in weights))
 
 
 def is_diffusers(names: Iterable[str]) -> bool:
@@ -82,10 +74,26 @@ def is_diffusers(names: Iterable[str]) -> bool:
     return any(name.startswith(("transformer_blocks.", "adaln_single.", "pos_embed.proj.")) for name in names)
 
 
-def num_blocks(names: Iterable[str]) -> int:
-    """Return how many blocks weights with such names have, gaps included."""
-    found = (_BLOCK.match(name) for name in names)
-    return 1 + max((int(match[1]) for match in found if match), default=-1)
+def num_blocks(where: str, names: Iterable[str]) -> int:
+    """Return how many blocks weights with such names have.
+
+    Raises:
+        DataError: If their numbers have gaps, before anybody builds a model of thousands of blocks for a stray name.
+    """
+    blocks: dict[int, list[tuple[str, str]]] = {}
+    for match in filter(None, map(_BLOCK.match, names)):
+        blocks.setdefault(int(match[2]), []).append((match[1], match[3]))
+    depth = 1 + max(blocks, default=-1)
+    if len(blocks) < depth:
+        gap = next(i for i in range(depth) if i not in blocks)
+        alike = blocks[min(blocks)]
+        prefix, rest = min(alike)
+        count = len(alike) * (depth - len(blocks))
+        raise DataError(
+            f"{where}: {prefix}{gap}.{rest} is missing ({count} such), though block {depth - 1} is there; is it of "
+            "another model configuration?"
+        )
+    return depth
 
 
 def require_expressible(config: Model) -> None:

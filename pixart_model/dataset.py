@@ -9,7 +9,6 @@ import hashlib
 import logging
 import os
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from pixart_model.config import Data
 from pixart_model.joins import EntriesFile
 from pixart_model.labels import labels_of, read_labels, require_labelled
 from pixart_model.loader import Batches, read_ahead
-from pixart_model.mixture import Mixture
+from pixart_model.mixture import Mixture, encoder
 from pixart_model.orders import Integers, Mix, Order, dealt
 from pixart_model.plan import cached_plan
 from pixart_model.portion import Located, Portion
@@ -44,14 +43,6 @@ _QUALITY_BATCHES = 64
 _LOOK_ROWS = 1 << 16
 _DIGITS = 12  # of a digest, enough to tell sets apart
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Position:
-    """A step of training: the batch `step` of the order of a seed."""
-
-    seed: int
-    step: int
 
 
 class Dataset:
@@ -208,6 +199,7 @@ class Dataset:
         data = self.data
         facts: dict[str, Any] = {
             "data.image_set": ", ".join(map(_digest, image_sets)),
+            **_latents(self.images),
             **self._conditions(),
             "data.where": data.where,
             "data.batch_size": data.batch_size,
@@ -226,7 +218,10 @@ class Dataset:
         if self._labels:
             return {"data.labels": ", ".join(self._labels)}
         text_sets = [features for one in self.portions for features in one.mixture.sets]
-        facts: dict[str, Any] = {"data.text_set": ", ".join(map(_digest, text_sets))}
+        facts: dict[str, Any] = {
+            "data.text_set": ", ".join(map(_digest, text_sets)),
+            "data.text_set, text encoder": encoder(self.mixture.main),
+        }
         if len(self.mixture.sets) > 1:
             facts["data.text_mix"] = {name: round(share, 9) for name, (share, _) in self.portions[0].shares().items()}
         return facts
@@ -352,6 +347,13 @@ def _digest(features: FeatureSet) -> str:
     return f"{features.root.name} ({features.manifest.index_sha256[:_DIGITS]})"
 
 
+def _latents(images: FeatureSet) -> dict[str, Any]:
+    """What latents are of: a manifest may be written anew without its index."""
+    model = images.manifest.model
+    scales = {f"data.image_set, {name}": float(model.get(name) or 0.0) for name in ("scaling_factor", "shift_factor")}
+    return {"data.image_set, VAE": encoder(images), **scales}
+
+
 def _labels_digest(portion: Portion) -> str:
     labels = labels_of(portion.labels, portion.images, portion.joined) if portion.labels else np.empty(0, np.int32)
     return hashlib.sha256(labels.data).hexdigest()[:_DIGITS]
@@ -370,14 +372,15 @@ def _tell(root: Path, portion: Portion) -> None:
     counts = portion.joined.counts
     if len(portion.mixture.sets) > 1:
         held = ", ".join(
-            f"{name} {share:.0%} (of {count} samples)" for name, (share, count) in portion.shares().items()
+            f"{name} {share:.0%} (of {count:,} samples)" for name, (share, count) in portion.shares().items()
         )
         _log.info("%s: texts are drawn from %s", root, held)
-    left_out = f", {counts.left_out} left out" if counts.left_out else ""
+    left_out = f", {counts.left_out:,} left out" if counts.left_out else ""
     if not portion.mixture.sets:
-        _log.info("%s: %d samples%s", root, counts.samples, left_out)
+        _log.info("%s: %s samples%s", root, f"{counts.samples:,}", left_out)
         return
+    texts = " + ".join(f"{count:,}" for count in counts.texts_without_image)
     _log.info(
-        "%s: %d samples; %d images without text, %s texts without image%s",
-        root, counts.samples, counts.without_text, " + ".join(map(str, counts.texts_without_image)), left_out,
+        "%s: %s samples; %s images without text, %s texts without image%s",
+        root, f"{counts.samples:,}", f"{counts.without_text:,}", texts, left_out,
     )  # fmt: skip

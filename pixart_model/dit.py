@@ -77,8 +77,8 @@ class ClassBlock(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor, grid: tuple[int, int]) -> Tensor:
         """Image tokens x (B, N, D) of a grid; c (B, D) is time and class."""
-        modulation = self.adaLN_modulation(c)[:, None].chunk(6, dim=2)  # (B, 1, D) each
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
+        modulation = self.adaLN_modulation(c)[:, None].to(x.dtype)  # (B, 1, 6 D)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=2)  # (B, 1, D) each
         x = x + gate_msa * self.attn(modulate(x, shift_msa, scale_msa), grid)
         out: Tensor = x + gate_mlp * self.mlp(modulate(x, shift_mlp, scale_mlp))
         return out
@@ -94,6 +94,6 @@ class ClassFinalLayer(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """Image tokens x (B, N, D); c (B, D) is time and class."""
-        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=2)  # (B, 1, D) each
+        shift, scale = self.adaLN_modulation(c)[:, None].to(x.dtype).chunk(2, dim=2)  # (B, 1, D) each
         out: Tensor = self.linear(modulate(x, shift, scale))
         return out

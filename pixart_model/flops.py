@@ -8,6 +8,7 @@ the utilisation of it (MFU; PaLM, arXiv:2204.02311, appendix B).
 Legend: B samples, N image tokens of one of them, M text tokens of all; D width.
 """
 
+import re
 from dataclasses import dataclass
 
 from pixart_model.sizes import Model
@@ -18,10 +19,13 @@ _PARTS, _FINAL_PARTS = 6, 2  # shifts, scales and gates of a block; shift and sc
 # Dense bf16 TFLOP/s with fp32 sums, from NVIDIA's and AMD's data sheets; of several names that fit, the longest counts.
 _PEAK_TFLOPS = {
     "A10": 125.0, "A10G": 70.0, "A30": 165.0, "A40": 149.7, "A100": 312.0, "A800": 312.0, "L4": 121.0, "L40": 181.0,
-    "L40S": 362.0, "H100": 989.4, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H800": 989.4, "H200": 989.4, "H20": 148.0,
-    "GH200": 989.4, "B100": 1750.0, "B200": 2250.0, "GB200": 2500.0, "RTX A6000": 154.8, "RTX 3090": 71.0,
-    "RTX 4090": 165.2, "MI250X": 191.5, "MI300X": 1307.4,
+    "L40S": 362.0, "H100": 989.4, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H800": 989.4, "H800 PCIe": 756.0,
+    "H200": 989.4, "H200 NVL": 835.0, "H20": 148.0, "GH200": 989.4, "B100": 1750.0, "B200": 2250.0, "GB200": 2500.0,
+    "RTX A6000": 154.8, "RTX 3090": 71.0, "RTX 3090 Ti": 80.0, "RTX 4090": 165.2, "MI250X": 191.5, "MI300X": 1307.4,
 }  # fmt: skip
+# What may follow such a name: the size and kind of the memory, the socket. Other words (Laptop GPU, D, Ti, MIG 1g.10gb)
+# make it another device.
+_SAME_DEVICE = re.compile(r"( (\d+GB?|HBM\d\w?|SXM\d?|PCIe))* ", re.IGNORECASE)
 A100_TFLOPS = _PEAK_TFLOPS["A100"]
 
 
@@ -87,10 +91,16 @@ def image_tokens(config: Model, height_px: int, width_px: int, cell_px: int = 8)
 
 
 def peak_tflops(name: str) -> float | None:
-    """Return the dense bf16 TFLOP/s of a GPU by the name that CUDA gives it; None of one that is not known."""
+    """Return the dense bf16 TFLOP/s of a GPU by the name that CUDA gives it.
+
+    None of one that is not known, such as a part of a GPU (MIG) or a laptop's: `cost.peak_tflops` is for those.
+    """
     words = f" {name.replace('-', ' ')} "
     fits = [known for known in _PEAK_TFLOPS if f" {known} " in words]
-    return _PEAK_TFLOPS[max(fits, key=len)] if fits else None
+    if not fits:
+        return None
+    longest = max(fits, key=len)
+    return _PEAK_TFLOPS[longest] if _SAME_DEVICE.fullmatch(words.partition(f" {longest}")[2]) else None
 
 
 def _block(config: Model, batch: int, image_tokens: int, text_tokens: int, compresses: bool) -> float:

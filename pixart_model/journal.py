@@ -1,4 +1,7 @@
-"""`metrics.jsonl`: what a run wrote of itself, one JSON object in each line, in the order of its steps."""
+"""`metrics.jsonl`: what a run wrote of itself, one JSON object in each line, in the order of its steps.
+
+Beside it `spent.json`: what steps cost whose lines are gone, since a run that was killed does them again.
+"""
 
 import json
 from dataclasses import dataclass
@@ -9,7 +12,7 @@ from pixart_data.errors import DataError
 from pixart_data.retries import storage
 from pixart_data.storage import exists, read_bytes, write_atomic
 
-METRICS = "metrics.jsonl"
+METRICS, SPENT = "metrics.jsonl", "spent.json"
 
 Line = dict[str, Any]
 
@@ -42,8 +45,22 @@ class Journal:
         return lines
 
     def keep(self, lines: list[Line]) -> None:
-        """Replace the file by these lines; raises JobError if the storage fails."""
-        write_atomic(self.path, "".join(map(_text, lines)).encode())
+        """Replace the file, if there is one, by these lines; raises JobError if the storage fails."""
+        if exists(self.path):
+            write_atomic(self.path, "".join(map(_text, lines)).encode())
+
+    def carried(self) -> Line:
+        """Return what was noted with `carry`; nothing where it cannot be read, for no run may stop for that."""
+        path = self.run_dir / SPENT
+        try:
+            found = json.loads(read_bytes(path)) if exists(path) else {}
+        except ValueError:
+            found = {}
+        return found if isinstance(found, dict) else {}
+
+    def carry(self, spent: Line) -> None:
+        """Note what was spent up to now, lines that are dropped included; raises JobError if the storage fails."""
+        write_atomic(self.run_dir / SPENT, _text(spent).encode())
 
     def append(self, line: Line) -> None:
         """Write one more line; raises JobError if the storage fails."""

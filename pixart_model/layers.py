@@ -254,7 +254,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, y: Text, t: Tensor, t0: Tensor, grid: tuple[int, int]) -> Tensor:
         """Image tokens x (B, N, D) of a grid; t (B, D) is time, t0 (B, 6, D) the modulation that all blocks share."""
         own = self.scale_shift_table if self.adaLN_modulation is None else self.adaLN_modulation(t).view_as(t0)
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = (own + t0).chunk(6, dim=1)  # (B, 1, D) each
+        modulation = own.to(x.dtype) + t0.to(x.dtype)  # (B, 6, D), as exact as the sums that run through all blocks
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)  # (B, 1, D) each
         x = x + gate_msa * self.attn(modulate(x, shift_msa, scale_msa), grid)
         x = x + self.cross_attn(x, y)
         out: Tensor = x + gate_mlp * self.mlp(modulate(x, shift_mlp, scale_mlp))
@@ -271,6 +272,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Conditioned on t (B, D) as it is before the MLP of the blocks."""
-        shift, scale = (self.scale_shift_table + t[:, None]).chunk(2, dim=1)  # (B, 1, D) each
+        modulation = self.scale_shift_table.to(x.dtype) + t[:, None].to(x.dtype)  # (B, 2, D)
+        shift, scale = modulation.chunk(2, dim=1)  # (B, 1, D) each
         out: Tensor = self.linear(modulate(x, shift, scale))
         return out

@@ -10,6 +10,7 @@ import torch
 
 from pixart_model.batches import HostBatch
 from pixart_model.buffers import Buffers
+from pixart_model.devices import follow
 
 if TYPE_CHECKING:
     from pixart_model.dataset import Dataset
@@ -41,7 +42,7 @@ def read_ahead(
     free = deque(Buffers(pinned) for _ in range(num_prefetch + num_threads + 1))
     located: deque[tuple[int, Future[T]]] = deque()
     ahead: deque[tuple[Future[HostBatch], Buffers]] = deque()
-    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="read")
+    pool = ThreadPoolExecutor(num_threads, "read", follow(torch.device("cuda" if pinned else "cpu")))
 
     def locate_next() -> None:
         number = next(numbers)

@@ -13,15 +13,19 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pixart_data.storage import delete, write_atomic
 from pixart_model import trackers
-from pixart_model.alarms import Reading, are_finite, failure, suspects
+from pixart_model.alarms import NONFINITE, Reading, advice, are_finite, failure, suspects
 from pixart_model.batches import Names
+from pixart_model.checkpoint import latest
 from pixart_model.config import Train
 from pixart_model.costs import Spent
+from pixart_model.devices import resolve_dtype
 from pixart_model.flops import peak_tflops, train_flops
 from pixart_model.journal import METRICS, Journal
 from pixart_model.parallel import World
@@ -42,8 +46,8 @@ class Outcome:
         tokens: Of each of these batches B, the image tokens N of one sample, and the text tokens of all of them.
         images: Samples of this process.
         data_s: How long it waited for data.
+        lr: The learning rate of the step.
         skipped: Damaged samples that it had to replace.
-        lr: Of the step, for the record.
     """
 
     loss: Tensor
@@ -53,8 +57,8 @@ class Outcome:
     tokens: Sequence[tuple[int, int, int]]
     images: int
     data_s: float
+    lr: float
     skipped: int = 0
-    lr: float | None = None
 
 
 @dataclass
@@ -89,10 +93,11 @@ class Meter:
         self._job, self._world = job, world
         self._journal = Journal(run_dir)
         self._trackers = trackers.Trackers(job, run_dir, step) if world.is_first else None
-        self._peak_tflops = job.cost.peak_tflops or peak_tflops(_device_name(world.device))
+        self._peak_tflops = job.cost.peak_tflops or _peak_tflops(world)
         self._pending: tuple[Reading, Outcome] | None = None
         self._losses: list[float] = []
         self._grad_norms: list[float] = []
+        self._lr = 0.0  # of the last step
         self._sums = _Sums()
         self._spent = Spent()
         self._skipped = 0
@@ -103,7 +108,7 @@ class Meter:
     def rewind(self) -> None:
         """Drop the lines of steps after this one, which a run that was cut short wrote and this run will repeat.
 
-        What was spent on them stays spent.
+        What was spent on them stays spent. `nonfinite.json` is about such a step, too, and goes.
 
         Raises:
             DataError: If the file is not one of metrics.
@@ -112,9 +117,13 @@ class Meter:
             lines = self._journal.lines()
             kept = [line for line in lines if line["step"] <= self.step]
             self._skipped = sum(line.get("skipped", 0) for line in kept)
-            self._spent = max(map(Spent.read, lines), key=lambda spent: spent.gpu_hours, default=Spent())
-            if lines and self._world.is_first:
+            spent = map(Spent.read, [*lines, self._journal.carried()])
+            self._spent = max(spent, key=lambda one: one.gpu_hours)
+            if self._world.is_first:
+                if len(kept) < len(lines):
+                    self._journal.carry(asdict(self._spent))  # before its lines are gone
                 self._journal.keep(kept)
+                delete([self._journal.run_dir / NONFINITE])
 
     def add(self, outcome: Outcome) -> None:
         """Collect a step, and look at the one before.
@@ -149,7 +158,7 @@ class Meter:
         """
         self._settle()
 
-    def write(self, lr: float) -> None:
+    def write(self) -> None:
         """Write the means since the last call.
 
         Raises:
@@ -160,18 +169,19 @@ class Meter:
             return
         self._sums.memory_bytes = _memory_bytes(self._world.device)
         now_s = time.perf_counter()
-        line = self._line(self._world.gather(self._sums), now_s - self._since_s, lr)
+        line = self._line(self._world.gather(self._sums), now_s - self._since_s)
         with self._world.agreed():
             if self._trackers is not None:
                 self._journal.append(line)
-                self._trackers.figures(self.step, {name: value for name, value in line.items() if name != "step"})
+                figures = {name: value for name, value in line.items() if name not in ("step", "device")}
+                self._trackers.figures(self.step, figures)
                 _log.info(self._text(line), extra={"fields": line})
         self._losses, self._grad_norms, self._sums = [], [], _Sums()
         self._since_s = time.perf_counter()
 
-    def show(self, path: Path) -> None:
-        """Pass a grid that was drawn on to the trackers."""
-        if self._trackers is not None:
+    def show(self, path: Path | None) -> None:
+        """Pass a grid on to the trackers, if it could be drawn."""
+        if self._trackers is not None and path is not None:
             self._trackers.picture(self.step, path)
 
     def conclude(self) -> None:
@@ -203,6 +213,7 @@ class Meter:
             raise self._failure(values, outcome)
         self._losses.append(values[0])
         self._grad_norms.append(values[1])
+        self._lr = outcome.lr
 
     def _failure(self, values: tuple[float, float], outcome: Outcome) -> Exception:
         world, step = self._world, self.step
@@ -210,7 +221,13 @@ class Meter:
         numbers = [first + i * world.size for i in range(len(outcome.losses))]
         own = suspects(world.rank, numbers, outcome.losses, outcome.names)
         batches = [batch for batches in world.gather(own) for batch in batches]
-        return failure(self._journal.run_dir, step, values, outcome.lr, batches, world)
+        run_dir = self._journal.run_dir
+        has_checkpoint = world.gather(latest(run_dir) is not None)[0]  # as the first process has it, for all to say
+        advised = advice(resolve_dtype(self._job.run.dtype, world.device), has_checkpoint)
+        error, known = failure(run_dir, step, values, outcome.lr, batches, advised)
+        if world.is_first:
+            write_atomic(run_dir / NONFINITE, known)
+        return error
 
     def _pay(self) -> Spent:
         """Bring what was spent up to now."""
@@ -219,7 +236,7 @@ class Meter:
         self._spent, self._paid_until_s = self._spent + Spent.of(hours, self._job.cost), now_s
         return self._spent
 
-    def _line(self, parts: list[_Sums], seconds: float, lr: float) -> dict[str, float]:
+    def _line(self, parts: list[_Sums], seconds: float) -> dict[str, Any]:
         steps = len(self._losses)
         total = _Sums(**{one.name: sum(getattr(part, one.name) for part in parts) for one in fields(_Sums)})
         waited_s = max(part.data_s for part in parts)
@@ -229,7 +246,7 @@ class Meter:
             "step": self.step,
             "loss": sum(self._losses) / steps,
             "grad_norm": sum(self._grad_norms) / steps,
-            "lr": lr,
+            "lr": self._lr,
             "step_ms": 1000 * seconds / steps,
             "data_ms": 1000 * waited_s / steps,
             "data_share": waited_s / seconds,
@@ -242,12 +259,13 @@ class Meter:
             **({"mfu": tflops / self._peak_tflops} if self._peak_tflops else {}),
             "memory_bytes": max(part.memory_bytes for part in parts),
             "num_processes": self._world.size,
+            "device": self._world.device.type,
             "seconds_left": (self._job.run.num_steps - self.step) * seconds / steps,
             "time_unix_s": round(time.time(), 3),
             **asdict(self._pay()),
         }
 
-    def _text(self, line: dict[str, float]) -> str:
+    def _text(self, line: dict[str, Any]) -> str:
         num_steps = self._job.run.num_steps
         digits = max(6, len(str(num_steps)))
         parts = [
@@ -265,8 +283,15 @@ class Meter:
         return " | ".join(parts)
 
 
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+def _peak_tflops(world: World) -> float | None:
+    """Of the GPU by its name; says where it is not known, for then there is no MFU."""
+    if world.device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(world.device)
+    known = peak_tflops(name)
+    if known is None and world.is_first:
+        _log.info("mfu: the peak of %s is not known; set cost.peak_tflops to its dense bf16 TFLOP/s to see it", name)
+    return known
 
 
 def _memory_bytes(device: torch.device) -> int:

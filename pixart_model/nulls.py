@@ -70,3 +70,11 @@ class NullCaption:
         ]
         lengths = tuple(len(part) for part in parts)
         return Packed(torch.cat(parts), offsets_of(lengths, text.tokens.device), lengths)
+
+
+def is_repeated(table: Tensor) -> bool:
+    """Tell a `y_embedding` whose rows are all one token, as we write the empty string's, from the reference's own.
+
+    Attention to copies of a token is attention to the token, so it is the empty string at any length.
+    """
+    return bool((table == table[:1]).all())

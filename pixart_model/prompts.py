@@ -1,9 +1,11 @@
-"""Prompts that were encoded once for a run: `prompts.safetensors` in its directory, and `prompts.txt` to read them in.
+"""Prompts that were encoded once for a run: `prompts-DIGEST.safetensors` in its directory.
 
 Training has no text encoder; whoever starts a run encodes the prompts of its grid before (`pixart train` does). A run
-that goes on finds them there, and encodes anew only what has changed.
+that goes on finds them there, and encodes anew only what has changed. The digest is of the words and the encoder: who
+starts a run with others, while one goes on, takes nothing from it.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +18,15 @@ from torch import Tensor
 from pixart_data.shards import Manifest
 from pixart_data.storage import write_atomic
 
-PROMPTS, LIST = "prompts.safetensors", "prompts.txt"
+LIST = "prompts.txt"
 _KEY = "made_from"
+_DIGITS = 12  # of a digest, enough to tell a run's prompts apart
+
+
+def prompts_path(run_dir: Path, prompts: Sequence[str], texts: Manifest) -> Path:
+    """Return where the encoded prompts of a run are, or belong; `texts` is the manifest of its text set."""
+    digest = hashlib.sha256(_made_from(prompts, texts).encode()).hexdigest()[:_DIGITS]
+    return run_dir / f"prompts-{digest}.safetensors"
 
 
 def write_prompts(run_dir: Path, prompts: Sequence[str], texts: Manifest, features: Sequence[Tensor]) -> None:
@@ -33,13 +42,13 @@ def write_prompts(run_dir: Path, prompts: Sequence[str], texts: Manifest, featur
         JobError: If the storage fails.
     """
     tensors = {_name(i): feature.contiguous() for i, feature in enumerate(features)}
-    write_atomic(run_dir / PROMPTS, safetensors.torch.save(tensors, {_KEY: _made_from(prompts, texts)}))
-    write_atomic(run_dir / LIST, "".join(f"{_in_a_line(prompt)}\n" for prompt in prompts).encode())
+    content = safetensors.torch.save(tensors, {_KEY: _made_from(prompts, texts)})
+    write_atomic(prompts_path(run_dir, prompts, texts), content)
 
 
 def read_prompts(run_dir: Path, prompts: Sequence[str], texts: Manifest) -> list[Tensor] | None:
     """Return encoded prompts, (n_i, D) each; None where none can be read, or those of other words or encoders."""
-    path = run_dir / PROMPTS
+    path = prompts_path(run_dir, prompts, texts)
     try:
         with safe_open(path, "pt") as file:
             if (file.metadata() or {}).get(_KEY) != _made_from(prompts, texts):

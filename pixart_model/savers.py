@@ -41,6 +41,7 @@ from pixart_model.checkpoint import (
     Meta,
     prune,
 )
+from pixart_model.devices import follow
 from pixart_model.nulls import NullCaption
 from pixart_model.parallel import TIMEOUT, World, local, whole
 from pixart_model.states import Shares, optimizer_of, own_share, weights_of, write_optimizer
@@ -78,9 +79,10 @@ class Saver:
         if world.size > 1:  # messages of the thread must not get mixed up with those of training
             world = dataclasses.replace(world, hosts=dist.new_group(backend="gloo", timeout=TIMEOUT))
         self._world = world
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._thread = ThreadPoolExecutor(1, "checkpoint", follow(world.device))
         self._writing: Future[None] | None = None
         self._buffers: dict[str, Tensor] = {}
+        self._told = False  # that old checkpoints cannot be deleted
 
     def save(
         self,
@@ -228,7 +230,14 @@ class Saver:
             os.rename(staged, final)
             sync_dir(self._run_dir)
         _log.info("saved %s", final)
-        prune(self._run_dir, self._keep_last)
+        refused = prune(self._run_dir, self._keep_last)
+        if refused is not None and not self._told:
+            self._told = True
+            _log.warning(
+                "%s: old checkpoints cannot be deleted: %s; training goes on and tries again after each save, look at "
+                "the free space",
+                self._run_dir, refused,
+            )  # fmt: skip
 
 
 def _write_text(file: Path, text: str) -> None:

@@ -6,6 +6,7 @@ the weights, from whoever asks, or, for heads, from the sizes that have been pub
 """
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from pixart_model.sizes import SIZES, Model
 
 HEADS = {1152: 16, 1024: 16, 768: 12, 384: 6}
 """Attention heads by width, of DiT's XL, L, B and S, and of PixArt."""
+_CONVOLUTION = re.compile(r"blocks\.(\d{1,9})\.attn\.sr\.weight")
 _SCALES = (0.5, 1.0, 2.0, 4.0)  # of all published models; one that is measured is right to 0.5% only in bf16
 _TOLERANCE = 0.02  # of a sine; bf16 errs by 0.004
 
@@ -39,7 +41,12 @@ def config_of(where: str, weights: Mapping[str, Tensor], told: Mapping[str, Any]
         ConfigError: If the number of heads is neither told nor that of a published size.
     """
     width, in_channels, patch = _shape(where, weights, "x_embedder.proj.weight", 4)[:3]
-    known: dict[str, Any] = {"depth": num_blocks(weights), "width": width, "in_channels": in_channels, "patch": patch}
+    known: dict[str, Any] = {
+        "depth": num_blocks(where, weights),
+        "width": width,
+        "in_channels": in_channels,
+        "patch": patch,
+    }
     known["mlp_ratio"] = _ratio(_shape(where, weights, "blocks.0.mlp.fc1.weight", 2)[0], width)
     known["qk_norm"] = "blocks.0.attn.q_norm.weight" in weights
     if "y_embedder.embedding_table.weight" in weights:
@@ -97,8 +104,10 @@ def _shape(where: str, weights: Mapping[str, Tensor], name: str, num_axes: int) 
         found = ", ".join(sorted(weights)[:2]) or "none"
         raise DataError(f"{where}: {name} is missing; expected weights of PixArt or DiT, found {found} ...")
     shape = tuple(weights[name].shape)
-    if len(shape) != num_axes:
-        raise DataError(f"{where}: {name}: expected {num_axes} axes, found shape {shape}; is it of another model?")
+    if len(shape) != num_axes or 0 in shape:
+        raise DataError(
+            f"{where}: {name}: expected {num_axes} axes of at least 1, found shape {shape}; is it of another model?"
+        )
     return shape
 
 
@@ -110,15 +119,15 @@ def _ratio(hidden: int, width: int) -> float:
 
 def _compression(where: str, weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """Sigma's convolutions over keys and values; pooling and taking every second one have no weights."""
-    blocks = [int(name.split(".")[1]) for name in weights if name.endswith(".attn.sr.weight")]
+    blocks = [int(match[1]) for match in map(_CONVOLUTION.fullmatch, weights) if match]
     if not blocks:
         return {}
     factor = _shape(where, weights, f"blocks.{min(blocks)}.attn.sr.weight", 4)[3]
     return {"kv_compression": "conv", "kv_compression_factor": factor, "kv_compression_from": min(blocks)}
 
 
-def _size(known: dict[str, Any]) -> str:
-    """The name of the size with these numbers, or that of the paper's, whose numbers are all replaced then."""
+def _size(known: dict[str, Any]) -> str | None:
+    """The name of the size with these numbers, if there is one."""
     keys = ("depth", "width", "heads")
     same = (name for name, size in SIZES.items() if all(getattr(size(), key) == known[key] for key in keys))
-    return next(same, "xl-2")
+    return next(same, None)

@@ -4,6 +4,7 @@ A size is a function that returns a complete section: `pixart_xl_2()`, `pixart_l
 and `pixart_tiny()`. In a job file `size = "xl-2"` names one of them, and a number written beside it wins.
 """
 
+import math
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -16,8 +17,8 @@ Size = Literal["xl-2", "l-2", "b-2", "s-2", "tiny"]
 class Model(Section):
     """The PixArt transformer, complete: nothing about it is decided elsewhere."""
 
-    size: Size = "xl-2"
-    """Where the numbers that are not given come from."""
+    size: Size | None = "xl-2"
+    """Where the numbers that are not given come from; none where `depth`, `width` and `heads` are."""
     depth: int = Field(ge=1)
     """Number of blocks."""
     width: int = Field(ge=4)
@@ -60,8 +61,10 @@ class Model(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill_from_size(cls, given: Any) -> Any:
-        if not isinstance(given, dict) or {"depth", "width", "heads"} <= given.keys():
+        if not isinstance(given, dict):
             return given
+        if {"depth", "width", "heads"} <= given.keys():
+            return {"size": None, **given}  # not the default's name on other numbers
         name = given.get("size", "xl-2")
         return {**SIZES[name]().model_dump(), **given} if name in SIZES else given
 
@@ -71,7 +74,11 @@ class Model(Section):
             if self.width % divisor:
                 raise ValueError(f"width: expected a multiple of {divisor} ({what}), got {self.width}")
         if self.micro_conditioning and self.width % 3:
-            raise ValueError(f"width: micro_conditioning needs a multiple of 3, got {self.width}")
+            step = math.lcm(3, 4, self.heads)
+            raise ValueError(
+                f"width: micro_conditioning needs a multiple of 3, got {self.width}; set width = "
+                f"{self.width // step * step + step}, or take another size"
+            )
         if self.base_size % self.patch:
             raise ValueError(f"base_size: expected a multiple of patch ({self.patch}), got {self.base_size}")
         return self
@@ -83,6 +90,16 @@ class Model(Section):
         for key, value in (("micro_conditioning", self.micro_conditioning), ("kv_compression", self.kv_compression)):
             if value:
                 raise ValueError(f"{key}: DiT (condition = 'class') has none, got {value!r}; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _compresses_some(self) -> Self:
+        first = self.kv_compression_from
+        if self.kv_compression is not None and first is not None and first >= self.depth:
+            raise ValueError(
+                f"kv_compression_from: expected a block of the {self.depth}, 0 to {self.depth - 1}, got {first}; give "
+                "a lower number, or leave kv_compression out"
+            )
         return self
 
     @property

@@ -1,14 +1,14 @@
 """One step of training: what a batch costs, and what the optimizer makes of it.
 
-All randomness is drawn from (seed, number of the batch in the global order), so a step is the same however many
-processes share it and however often the run was left and taken up again.
+All randomness is drawn from (seed, number of the batch in the global order), so the samples of a step and their noise
+are the same however many processes share it and however often the run was left and taken up again. The sum of their
+gradients is so up to rounding: it has the order that the processes add them up in.
 
 Legend: B batch, C latent channels, H W latent cells, N text tokens of all captions; x clean latents, x_t noisy ones, t
 timesteps, eps noise, y captions or classes; G batches in a step, W processes.
 """
 
 import contextlib
-import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,8 +29,6 @@ from pixart_model.packing import Packed
 from pixart_model.parallel import World, accumulating, local, whole
 
 _DROPS = 1  # names a stream of random numbers beside the one of noise
-log = logging.getLogger(__name__)
-"""At its debug level, the keys of every step."""
 
 
 @dataclass
@@ -55,7 +53,6 @@ class Setting:
     Attributes:
         scaling_factor: Of the VAE: brings latents to about unit variance, after `shift_factor` is taken off.
         null: What stands for a dropped caption, on the device; None where classes are learned.
-        traced: Whether the keys of every step are logged, in all processes alike.
     """
 
     job: Train
@@ -65,7 +62,6 @@ class Setting:
     scaling_factor: float
     shift_factor: float
     null: NullCaption | None
-    traced: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,12 +94,11 @@ def train_step(state: State, batches: Iterator[HostBatch], setting: Setting) -> 
     lr = learning_rate(job.optim, state.step)
     for group in state.optimizer.param_groups:
         group["lr"] = lr
-    state.optimizer.step()
+    with _room_for(job):  # the first step makes room for Adam's means
+        state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     update_average(state, job.optim.ema_decay)
     state.step += 1
-    if setting.traced:
-        _trace(state.step, [part.names for part in parts], setting)
     return Outcome(
         loss=world.mean(torch.stack([part.losses.mean() for part in parts]).mean()),
         grad_norm=grad_norm,
@@ -177,10 +172,10 @@ def update_average(state: State, decay: float) -> None:
 
 def _accumulate(model: nn.Module, batches: Iterator[HostBatch], setting: Setting, i: int, count: int) -> _Part:
     """Add the gradients of one batch of `count`; those of the last one are added up over the processes."""
-    began = time.perf_counter()
-    with setting.world.agreed():
+    with setting.world.agreed():  # where others may be waited for, which is no wait for data
+        began_s = time.perf_counter()
         batch = next(batches)
-    data_s = time.perf_counter() - began
+        data_s = time.perf_counter() - began_s
     with accumulating(model, is_last=i == count - 1), _room_for(setting.job):
         losses, text_tokens = batch_losses(model, batch, setting)
         (losses.mean() / count).backward()  # type: ignore[no-untyped-call]
@@ -188,22 +183,16 @@ def _accumulate(model: nn.Module, batches: Iterator[HostBatch], setting: Setting
     return _Part(losses.detach(), batch.names, (len(batch), height * width, text_tokens), data_s, len(batch.skipped))
 
 
-def _trace(step: int, names: list[Names], setting: Setting) -> None:
-    """Log the keys of all batches of a step in the global order, whatever the number of processes."""
-    world, first = setting.world, (step - 1) * setting.job.data.batches_per_step
-    everyone = world.gather([one.keys() for one in names])  # W lists of G / W lists of B
-    if world.is_first:
-        for i, batches in enumerate(zip(*everyone, strict=True)):
-            for rank, keys in enumerate(batches):
-                log.debug("step %d: batch %d: %s", step, first + i * world.size + rank, " ".join(keys))
-
-
 @contextlib.contextmanager
 def _room_for(job: Train) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
+        ways = [] if job.run.grad_checkpointing else ["set run.grad_checkpointing = true"]
+        ways.append('start on more GPUs with run.parallel = "fsdp"')
         raise JobError(
-            f"data.batch_size: {job.data.batch_size} samples do not fit into the GPU's memory; lower it (and raise "
-            "data.batches_per_step by as much) or set run.grad_checkpointing = true"
+            f"data.batch_size: expected {job.data.batch_size} samples and what trains on them to fit into the GPU's "
+            f"memory, found it full; {', or '.join(ways)}, and the run goes on; a smaller data.batch_size (with "
+            f"data.batches_per_step raised by as much) is another run: with a run.output of its own, and "
+            f'init.weights = "{job.run.output}" if there is a checkpoint to start from'
         ) from error

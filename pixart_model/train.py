@@ -2,7 +2,8 @@
 
 Step k trains on batches k G to k G + G - 1 of the order of the seed, and what is random about a batch is drawn from the
 seed and its number. So a run that was stopped and continued gives the same weights as one that was not: bit for bit on
-a CPU, up to the order of sums on a GPU or with another number of processes.
+a CPU, up to the order of sums on a GPU, with another number of processes, or with three and more of DDP, which sums the
+gradients of its first step in another order than those of later ones.
 """
 
 import contextlib
@@ -20,8 +21,8 @@ from pixart_data.config import resolved_toml
 from pixart_data.errors import ConfigError
 from pixart_data.leases import Lease, output_lock
 from pixart_data.storage import make_dir, write_atomic
-from pixart_model import beginnings, checkpoint, steps
-from pixart_model.config import Train
+from pixart_model import beginnings, checkpoint, weights
+from pixart_model.config import Init, Train
 from pixart_model.dataset import Dataset, open_dataset
 from pixart_model.devices import resolve_dtype
 from pixart_model.diffusion import Diffusion
@@ -32,8 +33,9 @@ from pixart_model.nulls import NullCaption
 from pixart_model.parallel import World, distribute, joined, shard
 from pixart_model.savers import Saver
 from pixart_model.states import restore
-from pixart_model.steps import Setting, State, learning_rate, train_step
-from pixart_model.stops import Wish, heeded
+from pixart_model.steps import Setting, State, train_step
+from pixart_model.stops import Stops, Wish, heeded
+from pixart_model.traces import Trace
 
 _log = logging.getLogger(__name__)
 
@@ -61,16 +63,18 @@ def _run(job: Train, world: World) -> Path:
     with contextlib.ExitStack() as stack:
         with world.agreed():
             lease = stack.enter_context(output_lock(make_dir(run_dir))) if world.is_first else None
+            stops = stack.enter_context(heeded(run_dir, world))
             last = checkpoint.latest(run_dir) if world.is_first else None
-        last = world.first(last)
+            init = _resolved(job.init) if world.is_first and last is None else job.init
+        last, init = world.first((last, init))
         with world.agreed():
             dataset = stack.enter_context(contextlib.closing(_open(job, world)))
-            done = 0 if last is None else _steps_done(job, dataset, last)
+            done = 0 if last is None else steps_done(job, dataset, last)
         if last is not None and done >= job.run.num_steps:
             _log.info("%s: finished: %d of %d steps; nothing to do", run_dir, done, job.run.num_steps)
             return last
         with world.agreed():
-            network, null = _begin(job, dataset, last, world)
+            network, null = _begin(job, init, dataset, last, world)
         setting = _setting(job, dataset, null, world)
         state = _start(network, job, world)
         if last is not None:
@@ -78,37 +82,40 @@ def _run(job: Train, world: World) -> Path:
         with world.agreed():
             if world.is_first:
                 write_atomic(run_dir / checkpoint.CONFIG, resolved_toml(job).encode())
-        return _loop(state, setting, dataset, _Output(run_dir, lease))
+        return _loop(state, setting, dataset, _Output(run_dir, lease, stops))
 
 
 @dataclass(frozen=True)
 class _Output:
-    """The run's directory, and the lease on it, which the first process holds."""
+    """The run's directory, the lease on it, which the first process holds, and who asks the run to leave."""
 
     run_dir: Path
     lease: Lease | None
+    stops: Stops
 
 
 def _loop(state: State, setting: Setting, dataset: Dataset, output: _Output) -> Path:
-    job, world, run_dir = setting.job, setting.world, output.run_dir
+    job, world, run_dir, stops = setting.job, setting.world, output.run_dir, output.stops
     painter = Painter(job, dataset, setting.null, world, run_dir) if job.grid.num_images else None
     meter = Meter(run_dir, job, world, state.step)  # its clock starts here
     meter.rewind()
+    trace = Trace(run_dir, job, world, state.step)
     first, pinned = state.step * job.data.batches_per_step, world.device.type == "cuda"
     _log.info("%s: step %d of %d, %s", run_dir, state.step, job.run.num_steps, _machines(world, job))
     with (
-        heeded(run_dir, world) as stops,
         contextlib.closing(Saver(run_dir, job.run.keep_last, world)) as saver,
         contextlib.closing(dataset.batches(first, world.rank, world.size, pinned)) as batches,
     ):
-        while True:
+        wish, last = stops.asked(), None  # before the first step: starting takes minutes
+        while not wish and state.step < job.run.num_steps:
             outcome = train_step(state, batches, setting)
             meter.add(outcome)
+            trace.add(state.step, outcome.names)
             wish = stops.asked()
             ends = wish != Wish.GO_ON or state.step == job.run.num_steps
             saves = ends or state.step % job.run.save_every == 0
             if ends or state.step % job.run.log_every == 0:
-                meter.write(learning_rate(job.optim, state.step - 1))
+                meter.write()
             if saves:
                 meter.check()
                 with meter.paused():
@@ -116,22 +123,16 @@ def _loop(state: State, setting: Setting, dataset: Dataset, output: _Output) -> 
             if painter and not wish and painter.is_due(state.step, saves):  # who asks to leave may not wait for long
                 with meter.paused():
                     meter.show(painter.draw(state.ema, state.step))
-            if ends:
-                saver.wait()
-                meter.conclude()
-                stops.forget()
-                return _leave(last, wish, state, setting)
+        last = last or _save(state, setting, dataset, output, saver)
+        saver.wait()
+        meter.conclude()
+        stops.forget()
+        return _leave(last, wish, state, setting)
 
 
 def _open(job: Train, world: World) -> Dataset:
     """Open what is trained on, after what can be checked without it."""
-    count = job.data.batches_per_step
-    if count % world.size:
-        more = world.size * -(-count // world.size)
-        raise ConfigError(
-            f"data.batches_per_step: expected a multiple of the {world.size} processes, for each to have as many "
-            f"batches, got {count}; set data.batches_per_step = {more}, or start another number of processes"
-        )
+    require_shares(job, world.size)
     classes = job.model.num_classes if job.model.condition == "class" else None
     dataset = open_dataset(job.data, job.run.seed, classes)
     with contextlib.ExitStack() as stack:
@@ -141,15 +142,40 @@ def _open(job: Train, world: World) -> Dataset:
     return dataset
 
 
-def _begin(job: Train, dataset: Dataset, last: Path | None, world: World) -> tuple[Network, NullCaption | None]:
-    """Return the model that a new run begins with, and the null caption, which belongs to the run from then on."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(job.run.seed)
-        network = build(job.model, job.run.grad_checkpointing)
+def require_shares(job: Train, count: int) -> None:
+    """Check that so many processes can share the batches of a step; raises ConfigError."""
+    batches = job.data.batches_per_step
+    if batches % count:
+        more = count * -(-batches // count)
+        raise ConfigError(
+            f"data.batches_per_step: expected a multiple of the {count} processes, for each to have as many "
+            f"batches, got {batches}; set data.batches_per_step = {more}, or start another number of processes"
+        )
+
+
+def _resolved(init: Init) -> Init:
+    """Name one checkpoint where the job names a run, which may save another while the processes start one by one."""
+    return init if init.weights is None else init.model_copy(update={"weights": weights.resolve(init.weights)})
+
+
+def _begin(
+    job: Train, init: Init, dataset: Dataset, last: Path | None, world: World
+) -> tuple[Network, NullCaption | None]:
+    """Return the model, and the null caption, which belongs to the run from its beginning on.
+
+    The model is what a new run begins with, or, where there is a checkpoint `last`, room for its weights.
+    """
     null = None
     if last is None:
-        null = beginnings.begin(job.init, network, dataset.facts())
-    elif job.model.condition == "caption":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(job.run.seed)
+            network = build(job.model, job.run.grad_checkpointing)
+        null = beginnings.begin(init, network, dataset.facts())
+    else:
+        with torch.device("meta"):
+            network = build(job.model, job.run.grad_checkpointing)
+        network.to_empty(device=world.device)
+    if last is not None and job.model.condition == "caption":
         null = checkpoint.load_null_caption(last)
     if null is None and job.model.condition == "caption":
         null = NullCaption(dataset.null_caption())
@@ -166,7 +192,6 @@ def _setting(job: Train, dataset: Dataset, null: NullCaption | None, world: Worl
         float(vae["scaling_factor"]),
         float(vae.get("shift_factor") or 0.0),
         null,
-        traced=world.first(steps.log.isEnabledFor(logging.DEBUG)),
     )
 
 
@@ -176,7 +201,7 @@ def _start(network: Network, job: Train, world: World) -> State:
     if job.run.compile:
         network.compile_blocks()
     spread = distribute(network, world, job.run)
-    if spread is network and world.size > 1:
+    if world.size > 1 and job.run.parallel == "fsdp":
         shard(ema, world, torch.float32)
     optimizer = torch.optim.AdamW(
         network.parameters(),
@@ -199,9 +224,12 @@ def _restore(state: State, last: Path, job: Train, world: World) -> None:
 
 
 def _changes(last: Path, job: Train) -> dict[str, tuple[Any, Any]]:
-    """Return what the job file says otherwise than the one that a checkpoint was written under, by key."""
+    """Return what the job file says otherwise than the one that a checkpoint was written under, by key.
+
+    What a new run starts from is not among it: nobody reads it any more.
+    """
     before, now = (_flat(tomllib.loads(text)) for text in ((last / checkpoint.CONFIG).read_text(), resolved_toml(job)))
-    keys = sorted(before.keys() | now.keys())
+    keys = sorted(key for key in before.keys() | now.keys() if not key.startswith("init."))
     return {key: (before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)}
 
 
@@ -212,15 +240,20 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _steps_done(job: Train, dataset: Dataset, last: Path) -> int:
-    """Return the steps of the run that `last` belongs to; it must be the run of this job."""
+def steps_done(job: Train, dataset: Dataset, last: Path) -> int:
+    """Return the steps done of the run that a checkpoint belongs to.
+
+    Raises:
+        ConfigError: If that is not the run of this job: another seed, model, or order of data.
+        DataError: If the checkpoint is damaged.
+    """
     meta = checkpoint.read_meta(last)
     wanted = _resumes(job, dataset)
     for key, value in wanted.items():
         found = meta.resumes.get(key)
         if found != value:
             advice = "choose another run.output, or the run's own setting"
-            if key in ("data.image_set", "data.text_set"):
+            if key.startswith(("data.image_set", "data.text_set")):
                 advice = "the set is another, or was written anew since: choose another run.output"
             raise ConfigError(f"{key}: this job has {value}, the run in {job.run.output} has {found}; {advice}")
     return meta.step
@@ -228,7 +261,8 @@ def _steps_done(job: Train, dataset: Dataset, last: Path) -> int:
 
 def _resumes(job: Train, dataset: Dataset) -> dict[str, Any]:
     """What decides the weights' shapes and the order of samples, so cannot change inside a run."""
-    model = {f"model.{key}": value for key, value in job.model.model_dump(exclude={"size"}).items()}
+    dump = {"condition": job.model.condition, **job.model.model_dump(exclude={"size"})}  # first: it decides the rest
+    model = {f"model.{key}": value for key, value in dump.items()}
     own = {"data.batches_per_step": job.data.batches_per_step, "run.seed": job.run.seed}
     return model | dataset.order_facts() | own
 

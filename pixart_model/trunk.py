@@ -51,6 +51,9 @@ class Trunk(nn.Module):
 
         Copies of the model are not compiled. The first step takes a minute or two.
         """
+        # Else torch would cut the program of a block wherever one of DDP's buckets of gradients is full, for these to
+        # travel early, and what stands on both sides of a cut could not be fused. Blocks are small enough.
+        torch._dynamo.config.optimize_ddp = False
         for block in self.blocks:
             block.compile(dynamic=True, backend=backend)
 
@@ -95,7 +98,8 @@ class Trunk(nn.Module):
         """Return tokens (B, N, D) after all blocks."""
         for block in self.blocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, *conditions, use_reentrant=False)
+                # No block draws numbers, and to ask a GPU's generator for its state is to wait for the GPU.
+                x = checkpoint(block, x, *conditions, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, *conditions)
         return x

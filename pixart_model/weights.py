@@ -6,6 +6,7 @@ and containers. Tensors stay in the file until they are used (mapped memory), wh
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import logging
 import pickle
@@ -23,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pixart_data.errors import ConfigError, DataError
+from pixart_data.leases import FOLDER as LEASES
 from pixart_model import checkpoint
 from pixart_model.conversion import is_diffusers, native, require_weights
 from pixart_model.networks import build
@@ -32,6 +34,12 @@ from pixart_model.sizes import Model
 POSITIONS, NULL_TABLE = "pos_embed", "y_embedder.y_embedding"
 CONFIG_KEY = "pixart_model"
 """The key of a safetensors file's metadata under which the `model` section stands, as JSON."""
+FEATURES_KEY, AVERAGE_KEY = "pixart_features", "pixart_is_ema"
+"""Likewise `Weights.features` and `Weights.is_ema`, as JSON."""
+NULL_CAPTION = "null_caption"
+"""The tensor of such a file that is `Weights.null_caption`."""
+FILES = ("model.safetensors", "model.pth", "model.pt")
+"""What `pixart convert` calls the one file that it writes into a folder."""
 DIFFUSERS_CONFIG, DIFFUSERS_WEIGHTS, TRANSFORMER = (
     "config.json", "diffusion_pytorch_model.safetensors", "transformer",
 )  # fmt: skip
@@ -57,8 +65,9 @@ class Weights:
         tensors: Complete, under the names of `networks.build(config)`, on the CPU, in the source's dtype.
         config: The model that they are of.
         null_table: The reference's learned null caption `y_embedding`, (L, caption_width), where the source has one.
-        features: `Meta.features` of a checkpoint of ours: which encoders it was trained on.
-        null_caption: Of a checkpoint of ours: bf16 (n, caption_width), the features of the empty caption.
+        features: `Meta.features` of a checkpoint of ours, or a .safetensors file made of one: which encoders it was
+            trained on.
+        null_caption: Likewise: bf16 (n, caption_width), the features of the empty caption.
         where: Names the source, for messages.
         is_ema: Whether the tensors are the moving average of the weights.
         assumed: Keys of `config` that the source does not tell, nor did the caller: they have their defaults.
@@ -72,6 +81,17 @@ class Weights:
     where: str
     is_ema: bool = False
     assumed: tuple[str, ...] = ()
+
+
+def resolve(source: str | Path) -> str:
+    """Return what `read` has to be given to read now and later the same: of a run, the path of its last checkpoint.
+
+    A run that is still at work gets new checkpoints, and loses old ones. All other sources stay what they are.
+    """
+    path = Path(source)
+    if (path / checkpoint.META).is_file():
+        return str(source)
+    return str(checkpoint.latest(path) or source)
 
 
 def read(source: str | Path, use_ema: bool = True, given: Mapping[str, Any] = _NOTHING) -> Weights:
@@ -103,6 +123,14 @@ def _read_folder(path: Path, use_ema: bool, given: Mapping[str, Any]) -> Weights
     folder = path / TRANSFORMER if (path / TRANSFORMER).is_dir() else path
     if (folder / DIFFUSERS_CONFIG).is_file():
         return _read_diffusers(str(folder), lambda name: _if_file(folder / name), given)
+    file = next((path / name for name in FILES if (path / name).is_file()), None)
+    if file is not None and not (path / checkpoint.EMA).exists():  # a checkpoint that lost its meta.json has both
+        return _read_file(file, use_ema, given)
+    if (path / LEASES).is_dir():
+        raise ConfigError(
+            f"{path}: expected a run with a checkpoint, found one that has saved none yet; wait for its first, or run "
+            "`pixart train` on it to go on"
+        )
     found = ", ".join(sorted(entry.name for entry in path.iterdir())[:3]) or "an empty folder"
     raise ConfigError(f"{path}: expected {_KINDS}, found {found}; give one of them, a file by its own name")
 
@@ -133,7 +161,7 @@ def _read_file(path: Path, use_ema: bool, given: Mapping[str, Any]) -> Weights:
             beside = _if_file(path.with_name(DIFFUSERS_CONFIG))
             told = _diffusers_told(beside) if beside else {}
             return _complete(str(path), native(str(path), tensors), {**given, **told})
-        return _complete(str(path), tensors, {**given, **_own_told(path, metadata)})
+        return _read_own(path, tensors, metadata, given)
     tensors, null_table, is_ema = _choose(path, _load_pickle(path), use_ema)
     return _complete(str(path), tensors, given, null_table, is_ema)
 
@@ -206,14 +234,22 @@ def _tensors(path: Path, found: Any) -> dict[str, Tensor]:
     return {str(name): tensor.detach() for name, tensor in found.items()}
 
 
-def _own_told(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
-    if CONFIG_KEY not in metadata:
-        return {}
+def _read_own(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], given: Mapping[str, Any]) -> Weights:
+    """Read weights under the reference's names, with what `pixart convert` writes beside them, if it did."""
     try:
-        config = json.loads(metadata[CONFIG_KEY])
-        return {key: config[key] for key in UNSEEN if config.get(key) is not None}
+        config = json.loads(metadata.get(CONFIG_KEY, "{}"))
+        told = {key: config[key] for key in UNSEEN if config.get(key) is not None}
+        features = json.loads(metadata.get(FEATURES_KEY, "null"))
+        is_ema = json.loads(metadata.get(AVERAGE_KEY, "false")) is True
+        if features is not None and not isinstance(features, dict):
+            raise ValueError(f"{FEATURES_KEY}: expected an object")
     except (ValueError, TypeError, AttributeError) as error:
         raise _damaged(path, error) from error
+    null_caption = tensors.pop(NULL_CAPTION, None)
+    weights = _complete(str(path), tensors, {**given, **told}, is_ema=is_ema)
+    if null_caption is not None:
+        _require_captions(str(path), NULL_CAPTION, null_caption, weights.config.caption_width)
+    return dataclasses.replace(weights, features=features, null_caption=null_caption)
 
 
 # diffusers
@@ -330,10 +366,18 @@ def _complete(
     with torch.device("meta"):
         expected = build(config).state_dict()
     require_weights(where, expected, tensors)
-    if null_table is not None and (null_table.ndim != 2 or null_table.shape[1] != config.caption_width):
-        raise DataError(
-            f"{where}: {NULL_TABLE}: expected shape (L, {config.caption_width}), found {tuple(null_table.shape)}; is "
-            "it of another model configuration?"
-        )
+    if null_table is not None:
+        _require_captions(where, NULL_TABLE, null_table, config.caption_width)
     assumed = tuple(sorted({"base_size", "interpolation_scale"} - told.keys()))
     return Weights(tensors, config, null_table, None, None, where, is_ema, assumed)
+
+
+def _require_captions(where: str, name: str, features: Tensor, width: int) -> None:
+    if features.ndim != 2 or not len(features) or features.shape[1] != width:
+        raise DataError(
+            f"{where}: {name}: expected shape (L, {width}), found {tuple(features.shape)}; is it of another model "
+            "configuration?"
+        )
+    if not features.is_floating_point():
+        kind = str(features.dtype).removeprefix("torch.")
+        raise DataError(f"{where}: {name}: expected floating-point numbers, found {kind}; give another file")

@@ -98,6 +98,18 @@ def _be(rank, size, port, folder, target, args):
     sys.exit(code)
 
 
+def train_compiled(path):
+    """Train with blocks that are compiled without a C++ compiler; logs how many programs were made of them."""
+    from torch._dynamo.utils import counters
+
+    from pixart_model.trunk import Trunk
+
+    with_inductor = Trunk.compile_blocks
+    Trunk.compile_blocks = lambda network: with_inductor(network, "aot_eager")
+    train(path)
+    logging.getLogger("pixart_model").warning("compiled %d programs", counters["stats"]["unique_graphs"])
+
+
 def train(path):
     """Train by a job file, as the command does."""
     from pixart_data.config import load

@@ -134,6 +134,7 @@ def test_a_signal_to_the_steps_reaches_the_command(batch, tmp_path):
     wait_for(log, "began")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     [relay] = [pid for pid in children if b"relay" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    wait_for(Path(f"/proc/{relay}/task/{relay}/children"), " ")  # it sleeps, so it listens
     os.kill(int(relay), signal.SIGTERM)
     assert process.wait(30) == 4
     assert "dropped its units" in log.read_text()

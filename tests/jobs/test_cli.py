@@ -1,3 +1,4 @@
+import os
 import re
 import subprocess
 import sys
@@ -46,6 +47,26 @@ def test_several_problems_are_several_lines(capsys, tmp_path):
     assert code == 2
     assert len(err.strip().splitlines()) == 2
     assert "did you mean 'layout'?" in err
+
+
+@pytest.mark.parametrize(("address", "mode"), [("head:6379", "token"), (None, None)])
+def test_a_running_cluster_is_shown_the_token_before_ray_is_imported(monkeypatch, tmp_path, pictures, address, mode):
+    (tmp_path / "token").write_text("0" * 64)
+    for name, value in {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token"), "RAY_ADDRESS": address}.items():
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_AUTH_MODE", "")  # for it to be put back as it was
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    seen, resolve = {}, cli.resolve
+
+    def watched(name, extra):
+        seen[name] = os.environ.get("RAY_AUTH_MODE")
+        return (lambda job, dry_run: None) if name == "jobs.stages:caption" else resolve(name, extra)
+
+    monkeypatch.setattr(cli, "resolve", watched)
+    path = tmp_path / "job.toml"
+    path.write_text(f'output = "{tmp_path}/o"\n[source]\npaths = ["{pictures}"]\n')
+    assert cli.main(["caption", str(path)]) == 0
+    assert seen["jobs.stages:caption"] == mode
 
 
 def test_a_missing_job_file_is_named(capsys, tmp_path):

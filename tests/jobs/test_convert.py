@@ -161,6 +161,9 @@ def test_checkpoint_as_one_file_is_complete(run, tmp_path):
         found = weights.read(out / "model.safetensors")
         alike(found.tensors, load_file(checkpoint / file))
         assert found.assumed == ()
+        known = weights.read(checkpoint, use_ema=not words)
+        assert (found.features, found.is_ema) == (known.features, not words)
+        assert torch.equal(found.null_caption, known.null_caption)
         keys = ("depth", "width", "heads", "base_size", "interpolation_scale", "micro_conditioning", "caption_width")
         assert {key: getattr(found.config, key) for key in keys} == {key: getattr(job.model, key) for key in keys}
 
@@ -396,7 +399,7 @@ def test_inspect_says_what_weights_are_of(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "x.pth: weights" in shown
     assert re.search("model .*base_size 128, interpolation_scale 2.0, micro_conditioning True, .*heads not told", shown)
-    assert "no caption the reference's table, 120 rows" in shown
+    assert "  dropped    captions become the reference's table, cut at their length, 120 rows\n" in shown
     assert convert(tmp_path / "x.pth", "--to", "diffusers", "--out", tmp_path / "out", *HEADS) == 0
     assert main(["inspect", str(tmp_path / "out")]) == 0
-    assert re.search(r"out: weights\n  [\d,]+ numbers in 53 weights\n  model .*heads 4\n$", capsys.readouterr().out)
+    assert re.search(r"out: weights\n  [\d,]+ numbers in 53 tensors\n  model .*heads 4\n$", capsys.readouterr().out)

@@ -191,7 +191,8 @@ def test_a_cluster_on_aws_for_training_is_asked_for_its_nodes(submit, train):
     [
         (
             ["--nodes", "3"],
-            "data.batches_per_step: expected a multiple of the 24 GPUs that train runs on, found 64; give e.g. --set",
+            "data.batches_per_step: expected a multiple of the 24 GPUs that train runs on, found 64; give --set "
+            "data.batches_per_step=72, which makes a step of 2,304 samples in place of 2,048 (data.batch_size sets it",
         ),
         (["--nodes", "2", "--set", "run.num_workers=8"], "run.num_workers: expected 16, one for each GPU of 2 nodes"),
         (["--on", "k8s", "--gpus", "4"], "--gpus 4: expected --gpus 1 for train in one process, found more"),

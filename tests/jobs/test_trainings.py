@@ -28,7 +28,7 @@ def write_training(root, num_steps=150_000, saved=(1000,), silent_s=3000.0, **kn
     root.mkdir(parents=True, exist_ok=True)
     line = {**LINE, "time_unix_s": time.time() - silent_s, **known}
     (root / "metrics.jsonl").write_text(f'{{"step": 20}}\n{json.dumps(line)}\n{{"st')
-    (root / "config.toml").write_text(f"[run]\nnum_steps = {num_steps}\n")
+    (root / "config.toml").write_text(f"[run]\nnum_steps = {num_steps}\n[cost]\ndollars_per_gpu_hour = 2.0\n")
     for step in saved:
         (root / f"step_{step:08d}").mkdir()
         (root / f"step_{step:08d}" / "meta.json").write_text("{}")
@@ -45,7 +45,7 @@ def test_a_run_that_goes_on(capsys, tmp_path):
         "the last checkpoint at 1,000", "loss      0.1234, gradient 0.012, learning rate 2e-05",
         "412 ms a step, 27,650.4 images/s, 1% of the time waiting for data, MFU 41.2%, 64 process(es)",
         "time left 2.0 h, until about ", "at most 23.4 GB in a process",
-        "12.0 GPU-hours, $18.84, 4.80 kWh, 1.92 kg CO2 so far, about $2,355.00 in all",
+        "12.0 GPU-hours, $18.84, 4.80 kWh, 1.92 kg CO2 so far, about $274.84 in all",
     ):  # fmt: skip
         assert words in out, words
     assert "next" not in out
@@ -82,15 +82,34 @@ def leave_behind(path):
 
 def test_a_run_that_stopped_at_a_loss_names_the_step_until_it_has_gone_beyond_it(capsys, tmp_path):
     root = write_training(tmp_path / "run")
-    (root / "nonfinite.json").write_text('{"step": 1215}')
+    (root / "nonfinite.json").write_text('{"step": 1215, "advice": "lower optim.lr"}')
     _, out, _ = status(capsys, root)
     assert "state     failed" in out
     assert f"the loss or the gradient of step 1,215 is not finite; its samples are in {root}/nonfinite.json" in out
-    assert "next      lower optim.lr or set run.dtype = 'fp32', then" in out
+    assert f"next      lower optim.lr: pixart train {root}/config.toml" in out
     with output_lock(root):
         assert "running" in status(capsys, root)[1]
     write_training(root, saved=(), step=1220)
     assert "failed" not in status(capsys, root)[1]
+
+
+def test_an_alarm_that_is_older_than_the_last_line_is_not_how_the_run_ended(capsys, tmp_path):
+    root = write_training(tmp_path / "run", silent_s=100.0)
+    for age_s, state in ((200.0, "stopped"), (50.0, "failed")):
+        (root / "nonfinite.json").write_text(json.dumps({"step": 1215, "time_unix_s": time.time() - age_s}))
+        assert f"state     {state}" in status(capsys, root)[1]
+
+
+def test_hours_are_those_of_the_device_that_was_used(capsys, tmp_path):
+    assert "12.0 CPU-hours, " in status(capsys, write_training(tmp_path / "run", device="cpu"))[1]
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_is_not_told_to_go_on_from_one(capsys, tmp_path):
+    root = write_training(tmp_path / "run", saved=())
+    claim = {"token": "t", "process": "here.0.0", "holder": "gpu-head, process 7"}
+    write_atomic(root / FOLDER / "000003.json", json.dumps(claim).encode())
+    leave_behind(root / FOLDER / "000003.json")
+    assert "next      it was killed; to begin anew, for it has no checkpoint yet: pixart" in status(capsys, root)[1]
 
 
 def test_all_figures_are_there_for_programs(capsys, tmp_path):
@@ -103,7 +122,7 @@ def test_all_figures_are_there_for_programs(capsys, tmp_path):
         "train", "stopped", False, 150_000, 1000,
     )  # fmt: skip
     assert run["silent_s"] == pytest.approx(3000, abs=60)
-    assert run["dollars_in_all"] == pytest.approx(18.84 * 125)
+    assert run["dollars_in_all"] == pytest.approx(18.84 + 2 * 64 * 2.0), "2 hours are left, of 64 GPUs at $2"
 
 
 def test_a_folder_of_runs_and_a_job_file_lead_to_them(capsys, tmp_path):

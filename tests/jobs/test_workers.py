@@ -12,8 +12,10 @@ from types import SimpleNamespace
 
 import pytest
 import ray
+import torch
 from ray.exceptions import ActorDiedError
 from ray.train import ControllerError, WorkerGroupError
+from torch.distributed import DistBackendError
 
 from jobs import workers
 from jobs.train import train
@@ -76,15 +78,30 @@ def test_losses_without_progress_end_the_run(persist, tmp_path):
     assert "worker 1 died" in str(error)
 
 
-@pytest.mark.parametrize("failure", [ConfigError("model.depth: wrong"), DataError("x"), JobError("x"), KeyError("bug")])
+@pytest.mark.parametrize(
+    "failure",
+    [
+        ConfigError("model.depth: wrong"), DataError("x"), JobError("x"), KeyError("bug"),
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+    ],
+    ids=repr,
+)  # fmt: skip
 def test_what_would_fail_again_is_not_tried_again(persist, failure):
     error, starts = persist(WorkerGroupError("why", {0: Abandoned("x"), 1: failure}), None)
     assert (error, starts) == (failure, 1)
 
 
 @pytest.mark.parametrize(
-    "failure", [RuntimeError("CUDA error: an illegal memory access"), OSError("input/output error"), ActorDiedError()]
-)
+    "failure",
+    [
+        RuntimeError("CUDA error: an illegal memory access"), torch.AcceleratorError("CUDA error: unspecified failure"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), DistBackendError("the watchdog gave up"),
+        RuntimeError("NCCL communicator was aborted"), RuntimeError("[gloo/transport/tcp/pair.cc:547] reset by peer"),
+        OSError("input/output error"), ActorDiedError(),
+    ],
+    ids=repr,
+)  # fmt: skip
 def test_what_may_pass_is_tried_again(persist, failure):
     assert persist(WorkerGroupError("why", {1: failure}), None)[1] == 2
     assert persist(ControllerError(RuntimeError("workers did not start in time")), None)[1] == 2

@@ -206,6 +206,11 @@ def test_dit_becomes_pixart(tmp_path, caplog, options):
     assert "drawn anew: ar_embedder.mlp.0, blocks.*.cross_attn.kv_linear, blocks.*.cross_attn.q_linear, " in line
 
 
+def test_an_option_that_is_not_used_is_not_said(tmp_path, caplog):
+    start(write(tmp_path / "DiT.pt", dit_pt()), fresh(section(modulation="blocks")))
+    assert "at t = 500 (without_class = zero)" in said(caplog)
+
+
 def test_our_own_stage_one_becomes_pixart(tmp_path):
     facts = {"image": FEATURES["image"], "resolution_px": 256, "classes": []}
     dit = trained(section(condition="class", num_classes=10))
@@ -295,6 +300,30 @@ def test_a_revision_or_an_absent_shift_makes_no_difference(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("before", "now", "same"),
+    [
+        (("/models/t5", "folder:a"), ("/scratch/t5", "folder:a"), True),
+        (("/models/t5", "folder:a"), ("/models/t5", "folder:b"), False),
+        (("x/t5", "x/t5@1/"), ("x/t5", "x/t5@2/"), True),  # another revision
+        (("x/t5", "x/t5@1/"), ("y/t5", "y/t5@1/"), False),
+        (("x/t5", "x/t5@1/"), ("/models/t5", "folder:a"), False),
+        (("x/t5", None), ("x/t5", "x/t5@1/"), True),
+        (("x/t5", None), ("y/t5", None), False),
+    ],
+)
+def test_encoders_are_the_same_by_what_is_in_their_folders_or_else_by_name(tmp_path, before, now, same):
+    had, has = (other(text__id=name, text__identity=content) for name, content in (before, now))
+    run = save(tmp_path / "run", trained(section()), features=had)
+    if same:
+        start(run, fresh(section()), has)
+        return
+    place = 1 if before[0] == now[0] else 0
+    words = f"text encoder .{('id', 'identity')[place]} {now[place]}.*trained with .* {before[place]};"
+    with pytest.raises(ConfigError, match=words):
+        start(run, fresh(section()), has)
+
+
+@pytest.mark.parametrize(
     ("wanted", "anew"),
     [
         ({"in_channels": 16}, {"x_embedder.proj", "final_layer.linear"}),
@@ -311,6 +340,18 @@ def test_other_features_of_another_width_have_their_layers_drawn_anew(tmp_path, 
     alike(model.state_dict(), drawn, names)
     alike(model.state_dict(), old.state_dict(), set(drawn) - names)
     assert f"drawn anew: {', '.join(sorted(anew))};" in said(caplog)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", ["blocks.1.mlp.fc1.bias", "y_embedder.y_embedding"])
+def test_weights_that_are_not_finite_are_refused_and_nothing_is_loaded(tmp_path, name, value):
+    content = pixart_pth()
+    content[name].view(-1)[3] = value
+    model = fresh(section())
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(DataError, match=rf"x\.pth: {name}: expected finite numbers, found NaN or infinity; start"):
+        start(write(tmp_path / "x.pth", content), model)
+    alike(model.state_dict(), before)
 
 
 def test_damaged_files_are_refused(tmp_path):
@@ -340,6 +381,10 @@ def test_the_references_null_caption_is_taken_on_request(tmp_path, caplog):
     assert null.follows_caption
     assert torch.equal(null.features, content["y_embedder.y_embedding"].bfloat16())
     assert len(null.at(17)) == 17
+    assert "null caption" not in said(caplog)
+    caplog.clear()
+    content["y_embedder.y_embedding"] = content["y_embedder.y_embedding"][:1].repeat(120, 1)  # as we write ours
+    start(write(tmp_path / "ours.pth", {"state_dict": content}), fresh(section()))
     assert "null caption" not in said(caplog)
 
 

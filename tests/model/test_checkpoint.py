@@ -125,7 +125,7 @@ def test_inspect_says_where_a_run_goes_on(path, capsys):
     size_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     assert lines[1] == f"  checkpoint {path}, step 12, {size_bytes:,} bytes"
     assert lines[4:8] == [
-        "  no caption own length",
+        "  dropped    captions become that of the empty string",
         "  trained on samples 23",
         "  goes on    seed 7, step 12, batch 24",
         "  written by size 1",

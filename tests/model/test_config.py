@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -37,6 +38,14 @@ def test_a_size_names_the_numbers_and_a_number_beside_it_wins(tmp_path):
     assert found == pixart_xl_2().model_copy(update={"micro_conditioning": True})
 
 
+def test_a_model_given_in_numbers_is_not_called_a_size(tmp_path):
+    found = job(tmp_path, MINIMAL + "model = {depth = 3, width = 96, heads = 4}")
+    assert found.model.size is None
+    assert "size" not in tomllib.loads(resolved_toml(found))["model"]
+    assert job(tmp_path, resolved_toml(found)) == found
+    assert job(tmp_path, MINIMAL + "model = {depth = 3, heads = 4}").model.size == "xl-2", "its width is"
+
+
 def test_the_resolved_job_is_the_job(tmp_path):
     first = job(tmp_path, MINIMAL + 'model = {size = "s-2", heads = 12}\ngrid = {num_images = 4}')
     assert job(tmp_path, resolved_toml(first)) == first
@@ -47,8 +56,15 @@ def test_the_resolved_job_is_the_job(tmp_path):
     [
         ('model = {size = "xxl"}', "model.size: expected 'xl-2', 'l-2', 'b-2', 's-2' or 'tiny', got 'xxl'"),
         ("model = {heads = 7}", "model: width: expected a multiple of 7"),
-        ('model = {size = "tiny", width = 64, micro_conditioning = true}', "needs a multiple of 3, got 64"),
+        (
+            'model = {size = "tiny", width = 64, micro_conditioning = true}',
+            "needs a multiple of 3, got 64; set width = 72, or",
+        ),
         ("model = {base_size = 33}", "base_size: expected a multiple of patch"),
+        (
+            'model = {size = "tiny", kv_compression = "conv", kv_compression_from = 2}',
+            "kv_compression_from: expected a block of the 2, 0 to 1, got 2",
+        ),
         ("model = {dept = 3}", "model.dept: unknown key; did you mean 'depth'?"),
         ("optim = {lrr = 3.0}", "optim.lrr: unknown key; did you mean 'lr'?"),
         ("data.drop_caption = 1.5", "data.drop_caption: expected less than or equal to 1"),

@@ -56,6 +56,8 @@ def test_a_block_that_is_not_there_is_missing():
     gap = {name: tensor for name, tensor in there.items() if not name.startswith("transformer_blocks.1.")}
     with pytest.raises(DataError, match=r"x: transformer_blocks.1\S+ is missing \(21 such\)"):
         conversion.native("x", gap)
+    with pytest.raises(DataError, match=r"x: transformer_blocks\.0\.\S+ is missing"):
+        conversion.native("x", {"transformer_blocks.999999999.x": torch.zeros(1)})
 
 
 def test_projections_that_do_not_go_together():

@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,7 @@ from pixart_data.codecs import CODECS
 from pixart_data.entries import ENTRIES
 from pixart_data.errors import ConfigError, DataError
 from pixart_data.shards import FeatureSet, read_manifest
+from pixart_model import dataset as module
 from pixart_model.batches import pad
 from pixart_model.config import Data
 from pixart_model.dataset import open_dataset
@@ -580,3 +582,18 @@ def test_a_set_that_was_written_anew_is_not_opened_by_a_worker(opened, features,
     write_text_set(tmp_path / "copy/text", KEYS[:9], np.random.default_rng(3))
     with pytest.raises(DataError, match="text: was written anew after it had been opened; start again"):
         pickle.loads(sent)
+
+
+@pytest.mark.parametrize(
+    ("num_sets", "said"),
+    [
+        (0, "set: 10,000,000 samples, 9,999 left out"),
+        (1, "set: 10,000,000 samples; 1,234 images without text, 5,678 texts without image, 9,999 left out"),
+    ],
+)
+def test_large_counts_can_be_read(caplog, num_sets, said):
+    counts = SimpleNamespace(samples=10_000_000, without_text=1_234, texts_without_image=(5_678,), left_out=9_999)
+    mixture = SimpleNamespace(sets=[None] * num_sets)
+    with caplog.at_level(logging.INFO):
+        module._tell("set", SimpleNamespace(joined=SimpleNamespace(counts=counts), mixture=mixture))
+    assert caplog.messages == [said]

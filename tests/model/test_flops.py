@@ -70,6 +70,17 @@ def test_a_step_costs_what_torch_counts(options):
     assert train_flops(config, len(LENGTHS), image, sum(LENGTHS)) == pytest.approx(whole, rel=0.01)
 
 
+@pytest.mark.parametrize("factor", [2, 4])
+def test_shorter_keys_and_values_save_what_torch_counts(factor):
+    """Alone, for attention is a small part of a small model."""
+    full = Model.model_validate(SMALL)
+    short = Model.model_validate({**SMALL, "kv_compression": "average", "kv_compression_factor": factor})
+    image = (HEIGHT // full.patch) * (WIDTH // full.patch)
+    ours = [forward_flops(config, len(LENGTHS), image, sum(LENGTHS)).blocks for config in (full, short)]
+    theirs = [counted(config)[1] for config in (full, short)]
+    assert ours[0] - ours[1] == pytest.approx(theirs[0] - theirs[1], rel=0.01)
+
+
 def test_gradient_checkpointing_computes_the_blocks_twice():
     config = Model.model_validate(SMALL)
     args = (config, len(LENGTHS), HEIGHT * WIDTH // config.patch**2, sum(LENGTHS))
@@ -97,6 +108,15 @@ def test_published_sizes():
         ("NVIDIA L4", 121.0),
         ("NVIDIA L40S", 362.0),
         ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA A100-PCIE-40GB", 312.0),
+        ("NVIDIA GH200 144G HBM3e", 989.4),
+        ("NVIDIA H200 NVL", 835.0),
+        ("NVIDIA GeForce RTX 3090", 71.0),
+        ("NVIDIA GeForce RTX 3090 Ti", 80.0),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None),
+        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None),
         ("NVIDIA GeForce GTX 1080", None),
         ("", None),
     ],

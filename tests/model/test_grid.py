@@ -1,5 +1,6 @@
 import contextlib
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ from pixart_model.grid import Painter, contact_sheet
 from pixart_model.networks import build
 from pixart_model.nulls import NullCaption
 from pixart_model.parallel import World, shard
-from pixart_model.prompts import read_prompts, write_prompts
+from pixart_model.prompts import prompts_path, read_prompts, write_prompts
 from tests.model.conftest import TEXT_WIDTH
 
 pytest.importorskip("diffusers")
@@ -33,7 +34,7 @@ class Vae:
 
 @pytest.fixture
 def vae(monkeypatch):
-    monkeypatch.setattr(grid, "_load_vae", lambda given, facts: Vae())
+    monkeypatch.setattr(grid, "load_vae", lambda given, facts: Vae())
 
 
 def network(config):
@@ -119,7 +120,6 @@ def test_prompts_come_first_and_captions_of_the_dataset_fill_up(make_job, tmp_pa
     assert legend == [
         "row 1, column 1: a fox", "row 1, column 2: two lines", f"row 2, column 1: the caption of {key}",
     ]  # fmt: skip
-    assert (tmp_path / "prompts.txt").read_text() == "a fox\ntwo lines\n"
 
 
 def test_stored_prompts_are_used_only_for_the_same_words_and_encoder(make_job, tmp_path):
@@ -133,7 +133,9 @@ def test_stored_prompts_are_used_only_for_the_same_words_and_encoder(make_job, t
     for changed in ({"model": {**texts.model, "revision": "x"}}, {"policy": {"cleaning": "y"}}):
         other = type(texts)(**{**vars(texts), **changed})
         assert read_prompts(tmp_path, ["a"], other) is None
-    (tmp_path / "prompts.safetensors").write_bytes(b"cut")
+    write_prompts(tmp_path, ["b"], texts, [torch.zeros(3, TEXT_WIDTH)])
+    assert len(read_prompts(tmp_path, ["a"], texts)[0]) == 2, "a run that goes on with others keeps its own"
+    prompts_path(tmp_path, ["a"], texts).write_bytes(b"cut")
     assert read_prompts(tmp_path, ["a"], texts) is None
 
 
@@ -162,20 +164,87 @@ def test_classes_are_spread_evenly(make_job, tmp_path, vae):
         pass
 
 
-def test_the_first_process_writes_what_all_of_them_draw(make_job, tmp_path, vae):
+class Second(World):
+    """Another process than the first, which hears of no other's errors."""
+
+    def any(self, flag):
+        return flag
+
+    def gather(self, thing):
+        return [thing]
+
+
+def test_the_first_process_loads_and_writes_and_all_of_them_draw(make_job, tmp_path, monkeypatch):
+    monkeypatch.setattr(grid, "load_vae", lambda given, facts: pytest.fail("only the first process decodes"))
     job = make_job(grid={"num_images": 1, "num_steps": 1})
     calls = []
-
-    class Second(World):
-        def any(self, flag):
-            return flag
-
     model = network(job.model)
     model.register_forward_hook(lambda *_: calls.append(1))
     with painting(job, tmp_path, Second(1, 2, torch.device("cpu"))) as (painter, _):
         path = painter.draw(model, 1)
     assert calls
     assert not path.parent.exists()
+
+
+def test_what_is_decoded_is_what_the_vae_encoded(make_job, tmp_path, monkeypatch):
+    """Training scales the VAE's latents as (z - shift) * scale; its decoder wants z."""
+    seen = []
+
+    class Spy(Vae):
+        def decode(self, z):
+            seen.append(z)
+            return super().decode(z)
+
+    monkeypatch.setattr(grid, "load_vae", lambda given, facts: Spy())
+    monkeypatch.setattr(grid, "sample_latents", lambda *_: torch.full((1, 4, 8, 8), 3.0))
+    job = make_job(grid={"num_images": 1})
+    with painting(job, tmp_path) as (painter, dataset):
+        painter.draw(network(job.model), 1)
+        facts = dataset.images.manifest.model
+    assert (facts["scaling_factor"], facts["shift_factor"]) == (0.18215, 0.1)
+    torch.testing.assert_close(seen[0], torch.full((1, 4, 8, 8), 3.0 / 0.18215 + 0.1))
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nMore"), RuntimeError("cuDNN error")])
+def test_a_vae_that_fails_costs_a_sheet_and_not_the_run(make_job, tmp_path, monkeypatch, caplog, error):
+    class Failing(Vae):
+        def decode(self, z):
+            raise error
+
+    monkeypatch.setattr(grid, "load_vae", lambda given, facts: Failing())
+    job = make_job(grid={"num_images": 2, "num_steps": 1})
+    with painting(job, tmp_path) as (painter, _):
+        assert painter.draw(network(job.model), 1) is None
+        why = str(error).partition("\n")[0]
+        assert caplog.messages == [
+            f"{tmp_path}/grids/step_00000001.png: could not be drawn ({why}); training goes on without it; "
+            "grid.num_images = 0 draws none"
+        ]
+        painter._vae = Vae()  # the memory is there again
+        assert painter.draw(network(job.model), 2).is_file()
+
+
+def test_memory_that_is_lacking_costs_a_sheet_unless_others_wait(make_job, tmp_path, vae, monkeypatch, caplog):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(grid, "sample_latents", fail)
+    job = make_job(grid={"num_images": 1})
+    with painting(job, tmp_path) as (painter, _):
+        assert painter.draw(network(job.model), 1) is None
+        assert "could not be drawn (CUDA out of memory)" in caplog.text
+        with pytest.raises(torch.OutOfMemoryError):
+            painter.draw(SimpleNamespace(reshard=None), 1)
+
+
+def test_what_drawing_needs_is_asked_for_at_the_start_in_every_process(make_job, tmp_path, monkeypatch):
+    job = make_job(grid={"num_images": 1, "vae": str(tmp_path / "none")})
+    with pytest.raises(ConfigError, match="^grid.vae: .*none cannot be loaded"), painting(job, tmp_path):
+        pass
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    for world in (ONE, Second(1, 2, torch.device("cpu"))):
+        with pytest.raises(ConfigError, match="^grid: needs diffusers"), painting(job, tmp_path, world):
+            pass
 
 
 def test_a_model_in_shares_is_in_shares_again_when_it_has_been_drawn_with(make_job, tmp_path, vae):

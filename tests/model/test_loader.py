@@ -137,6 +137,24 @@ def test_memory_is_not_read_into_before_a_device_has_copied_it(dataset, monkeypa
     batches.close()
 
 
+def test_threads_read_with_the_gpu_of_who_asks(monkeypatch):
+    given, read = [], []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: given.append((threading.current_thread().name, device))
+    )
+
+    def note(number, *_):
+        read.append((threading.current_thread().name, 2))
+        return number
+
+    batches = read_ahead(itertools.count(), note, note, num_threads=2, num_prefetch=1, pinned=True)
+    assert [next(batches) for _ in range(4)] == [0, 1, 2, 3]
+    batches.close()
+    assert read
+    assert set(read) <= set(given), "before it reads"
+
+
 def test_memory_grows_and_is_kept():
     memory = Buffers()
     small = memory.take("one", torch.int16, (3, 2))

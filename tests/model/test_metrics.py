@@ -69,7 +69,7 @@ class Names:
 
 
 def outcome(loss=1.0, grad_norm=0.81, **known):
-    given = {"losses": [], "names": [], "tokens": [], "images": 256, "data_s": 0.004, **known}
+    given = {"losses": [], "names": [], "tokens": [], "images": 256, "data_s": 0.004, "lr": 2e-5, **known}
     return Outcome(torch.tensor(loss), torch.tensor(grad_norm), **given)
 
 
@@ -104,7 +104,7 @@ def test_a_line_holds_what_its_steps_came_to_without_the_time_of_saving(tmp_path
     with meter.paused():
         clock.now += 60
     with caplog.at_level("INFO"):
-        meter.write(2e-5)
+        meter.write()
     [line] = lines_of(tmp_path)
     flops = sum(train_flops(job.model, *one) for one in tokens)
     tflops = flops / 0.4 / 1e12
@@ -114,8 +114,8 @@ def test_a_line_holds_what_its_steps_came_to_without_the_time_of_saving(tmp_path
         {
             "step": 102, "loss": 1.5, "grad_norm": 0.81, "lr": 2e-5, "step_ms": 400, "data_ms": 4, "data_share": 0.01,
             "images_per_s": 640, "images": 512, "image_tokens": 192, "text_tokens": 100, "skipped": 2,
-            "tflops_per_gpu": tflops, "mfu": 1000 * tflops, "num_processes": 1, "seconds_left": 7198 * 0.4,
-            "gpu_hours": hours, "dollars": 36 * hours, "kwh": hours, "kg_co2": hours / 2,
+            "tflops_per_gpu": tflops, "mfu": 1000 * tflops, "num_processes": 1, "device": "cpu",
+            "seconds_left": 7198 * 0.4, "gpu_hours": hours, "dollars": 36 * hours, "kwh": hours, "kg_co2": hours / 2,
         }
     )  # fmt: skip
     assert 50 * MEGA < memory_bytes < 100_000 * MEGA
@@ -129,7 +129,7 @@ def test_a_line_holds_what_its_steps_came_to_without_the_time_of_saving(tmp_path
     assert record.fields["step"] == 102
     meter.add(outcome(5.0))
     clock.now += 1
-    meter.write(2e-5)
+    meter.write()
     last = lines_of(tmp_path)[1]
     assert (last["loss"], last["images"], last["step_ms"]) == (5, 256, pytest.approx(1000))
 
@@ -140,7 +140,7 @@ def test_the_log_line_fits_a_terminal_when_all_its_numbers_are_long(tmp_path, cl
     meter.add(outcome(tokens=[(4, 64, 200)], images=11_392))
     clock.now += 12.345
     with caplog.at_level("INFO"):
-        meter.write(1.234e-5)
+        meter.write()
     assert "mfu" in caplog.messages[0]
     assert len("2026-11-21 05:54:52 ") + len(caplog.messages[0]) <= 155
 
@@ -150,7 +150,7 @@ def test_without_a_known_peak_there_is_no_mfu(tmp_path, clock, job, caplog):
     meter.add(outcome(tokens=[(4, 64, 200)]))
     clock.now += 1
     with caplog.at_level("INFO"):
-        meter.write(1e-5)
+        meter.write()
     [line] = lines_of(tmp_path)
     assert "mfu" not in line
     assert line["tflops_per_gpu"] > 0
@@ -158,25 +158,49 @@ def test_without_a_known_peak_there_is_no_mfu(tmp_path, clock, job, caplog):
 
 
 def test_nothing_is_written_where_no_step_was_done(tmp_path, job):
-    Meter(tmp_path, job, ONE, 3).write(1e-5)
+    Meter(tmp_path, job, ONE, 3).write()
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize(("loss", "grad_norm"), [(math.nan, 1.0), (1.0, math.inf)])
-def test_a_step_that_is_not_finite_stops_the_run_one_step_later_at_the_latest(tmp_path, job, loss, grad_norm):
+def test_a_step_that_is_not_finite_stops_the_run_one_step_later_at_the_latest(tmp_path, make_job, loss, grad_norm):
+    job = make_job(run={"output": str(tmp_path), "dtype": "bf16"})
+    (tmp_path / "step_00000010").mkdir()
     meter = Meter(tmp_path, job, ONE, 10)
     names, tokens = [Names("a/1", "a/2")], [(2, 4, 3)]
     meter.add(outcome())
     meter.add(outcome(loss, grad_norm, losses=[torch.tensor([loss, 1.0])], names=names, tokens=tokens, lr=3e-4))
     with pytest.raises(JobError, match="^step 12: expected a finite loss and gradient, found .*a/1") as stop:
         meter.add(outcome(math.nan, math.nan))
-    assert "lower optim.lr or set run.dtype = 'fp32', and run the same command again" in str(stop.value)
+    advice = (
+        "lower optim.lr or set run.dtype = 'fp32', and run the same command again to go on from the last checkpoint"
+    )
+    assert str(stop.value).endswith(f"; {advice}")
     assert ("a/2" in str(stop.value)) == math.isfinite(loss)  # a sample whose loss is finite is not to blame for one
     known = json.loads((tmp_path / NONFINITE).read_text())
-    assert (known["step"], known["lr"]) == (12, 3e-4)
+    assert (known["step"], known["lr"], known["advice"]) == (12, 3e-4, advice)
     assert [str(known["loss"]), str(known["grad_norm"])] == [str(loss), str(grad_norm)]
     assert known["batches"][0]["batch_keys"] == ["a/1", "a/2"]
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_what_cannot_be_done_is_not_advised(tmp_path, job):
+    meter = Meter(tmp_path, job, ONE, 0)  # fp32 on a CPU, without a checkpoint
+    meter.add(outcome(math.nan, losses=[torch.tensor(math.nan)], names=[Names("k")]))
+    with pytest.raises(JobError) as stop:
+        meter.check()
+    assert str(stop.value).endswith(
+        "; lower optim.lr, raise optim.warmup_steps, or look at the samples that are named, and run the same command "
+        "again to begin anew, for it has no checkpoint yet"
+    )
+
+
+def test_the_account_of_a_step_that_is_done_again_is_gone_when_the_run_goes_on(tmp_path, job):
+    (tmp_path / NONFINITE).write_text('{"step": 3}')
+    Meter(tmp_path, job, replace(ONE, rank=1), 2).rewind()
+    assert (tmp_path / NONFINITE).exists(), "the first process writes"
+    Meter(tmp_path, job, ONE, 2).rewind()
+    assert not (tmp_path / NONFINITE).exists()
 
 
 @pytest.mark.parametrize("asked", ["check", "write"])
@@ -184,7 +208,7 @@ def test_the_last_step_is_looked_at_before_a_checkpoint_and_a_line(tmp_path, job
     meter = Meter(tmp_path, job, ONE, 0)
     meter.add(outcome(math.nan, losses=[torch.tensor(math.nan)], names=[Names("k")]))
     with pytest.raises(JobError, match="^step 1: .* of k "):
-        meter.check() if asked == "check" else meter.write(1e-5)
+        meter.check() if asked == "check" else meter.write()
 
 
 def test_of_many_keys_sixteen_are_named_and_all_are_written_down(tmp_path, job):
@@ -242,7 +266,7 @@ def test_several_processes_write_one_line_of_all_of_them(tmp_path, clock, make_j
         meter.add(outcome(images=10 + world.rank, tokens=[(1, 16, 7)], data_s=waited_s, skipped=world.rank))
         world.gather(None)
         clock.now = 136.0
-        meter.write(1e-5)
+        meter.write()
         meter.conclude()
         return meter
 
@@ -253,6 +277,8 @@ def test_several_processes_write_one_line_of_all_of_them(tmp_path, clock, make_j
     assert (line["images"], line["text_tokens"], line["skipped"], line["num_processes"]) == (21, 14, 1, 2)
     assert line["data_ms"] == pytest.approx(20), "of the one that waited longest"
     assert line["step_ms"] == 36_000
+    flops = 2 * train_flops(job.model, 1, 16, 7)
+    assert line["tflops_per_gpu"] == pytest.approx(flops / 36 / 2 / 1e12), "of each of the two"
     assert line["gpu_hours"] == pytest.approx(2 * 36 / 3600)
     assert len([text for text in caplog.messages if text.startswith("step ")]) == 1
     assert len([text for text in caplog.messages if "in all" in text]) == 1
@@ -267,7 +293,7 @@ def test_lines_after_the_checkpoint_and_a_cut_line_are_dropped_and_what_they_cos
     assert lines_of(tmp_path) == lines[:2]
     meter.add(outcome())
     clock.now += 3600
-    meter.write(1e-5)
+    meter.write()
     line = lines_of(tmp_path)[-1]
     assert line["step"] == 5
     assert line["gpu_hours"] == pytest.approx(6 + 1)
@@ -277,6 +303,47 @@ def test_lines_after_the_checkpoint_and_a_cut_line_are_dropped_and_what_they_cos
         Meter(tmp_path, job, ONE, 4).rewind()
 
 
+def test_what_was_spent_is_known_after_two_kills_with_no_line_between(tmp_path, clock, job):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(
+        "".join(json.dumps({"step": step, "gpu_hours": step, "dollars": 2 * step}) + "\n" for step in (2, 6))
+    )
+    for _ in range(2):
+        Meter(tmp_path, job, ONE, 4).rewind()
+    meter = Meter(tmp_path, job, ONE, 0)  # back to the beginning: its checkpoint was deleted
+    meter.rewind()
+    assert lines_of(tmp_path) == []
+    meter.add(outcome())
+    clock.now += 3600
+    meter.write()
+    [line] = lines_of(tmp_path)
+    assert line["gpu_hours"] == pytest.approx(6 + 1)
+    assert line["dollars"] == pytest.approx(12 + 1.57)
+    (tmp_path / "spent.json").write_text("{")
+    Meter(tmp_path, job, ONE, 0).rewind()  # damaged, it stops nothing
+
+
+def test_a_first_line_that_was_cut_does_not_spoil_the_next_one(tmp_path, job):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 2, "lo')
+    for step in (0, 1):
+        meter = Meter(tmp_path, job, ONE, step)
+        meter.rewind()
+        meter.add(outcome())
+        meter.write()
+    assert [line["step"] for line in lines_of(tmp_path)] == [1, 2]
+
+
+def test_a_gpu_whose_peak_is_not_known_is_told_of(tmp_path, job, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Odd 1")
+    gpu = World(0, 1, torch.device("cuda"))
+    with caplog.at_level("INFO"):
+        assert metrics._peak_tflops(gpu) is None
+        assert metrics._peak_tflops(replace(gpu, rank=1)) is None
+    assert caplog.messages == [
+        "mfu: the peak of NVIDIA Odd 1 is not known; set cost.peak_tflops to its dense bf16 TFLOP/s to see it"
+    ]
+
+
 def test_the_end_says_what_all_of_the_run_cost_and_did_without(tmp_path, clock, job, caplog):
     with (tmp_path / "metrics.jsonl").open("w") as file:
         file.write(json.dumps({"step": 4, "gpu_hours": 10.0, "dollars": 15.7, "kwh": 4.0, "skipped": 3}) + "\n")
@@ -284,7 +351,7 @@ def test_the_end_says_what_all_of_the_run_cost_and_did_without(tmp_path, clock, 
     meter.rewind()
     meter.add(outcome(skipped=2))
     clock.now += 1800
-    meter.write(1e-5)
+    meter.write()
     clock.now += 1800
     caplog.clear()
     with caplog.at_level(logging.INFO):
@@ -301,7 +368,7 @@ def test_a_disk_that_is_full_stops_all_processes(tmp_path, make_job):
     def act(world):
         meter = Meter(tmp_path, job, world, 0)
         meter.add(outcome())
-        meter.write(1e-5)
+        meter.write()
 
     assert [str(error).startswith(f"{tmp_path}/metrics.jsonl: cannot write") for error in meet(2, act)] == [True, True]
 
@@ -315,6 +382,7 @@ def test_trackers_hear_of_every_line_and_picture(tmp_path, job, monkeypatch):
 
         def figures(self, step, figures):
             heard.append(("figures", step, figures["loss"], "step" in figures))
+            assert all(isinstance(value, int | float) for value in figures.values())
 
         def picture(self, step, path):
             heard.append(("picture", step, path.name))
@@ -325,7 +393,7 @@ def test_trackers_hear_of_every_line_and_picture(tmp_path, job, monkeypatch):
     monkeypatch.setattr(metrics.trackers, "Trackers", Spy)
     meter = Meter(tmp_path, job, ONE, 7)
     meter.add(outcome(2.5))
-    meter.write(1e-5)
+    meter.write()
     meter.show(tmp_path / "step_00000008.png")
     meter.conclude()
     assert heard == [

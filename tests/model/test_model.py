@@ -5,8 +5,12 @@ from collections import Counter
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch._dynamo.utils import counters
+from torch.nn.parallel import DistributedDataParallel
 
+from pixart_model import dit as dit_module
+from pixart_model import layers
 from pixart_model import model as model_module
 from pixart_model.attention import Spread
 from pixart_model.model import PixArt
@@ -219,6 +223,39 @@ def test_bf16_is_the_same_model_but_for_rounding(numbers):
         assert (out - exact).abs().mean() < 0.02 * exact.abs().mean()
 
 
+@pytest.mark.parametrize(
+    "numbers", [{}, {"modulation": "blocks"}, {"condition": "class", "num_classes": 5}], ids=["single", "blocks", "DiT"]
+)
+def test_modulation_is_summed_as_exactly_as_what_it_modulates(numbers, monkeypatch):
+    """Also where the weights are bf16 for as long as they are used, as with FSDP2."""
+    torch.manual_seed(0)
+    numbers = {"caption_width": 16, "base_size": 8, **numbers}
+    model = shake(build(pixart_tiny().model_copy(update=numbers)).to(torch.bfloat16))
+    shared, seen, given = [], [], []
+
+    def watched(x, shift, scale):
+        seen.append((x.dtype, shift.dtype, scale.dtype))
+        given.append(shift)
+        return layers.normalize(x) * (1 + scale) + shift
+
+    monkeypatch.setattr(layers, "modulate", watched)
+    monkeypatch.setattr(dit_module, "modulate", watched)
+    model.blocks[0].register_forward_pre_hook(lambda _, given: shared.append(given))
+    batch = {"x": torch.randn(2, 4, 8, 8), "t": torch.tensor([3, 700]), "y": captions(5, 2)}
+    batch["y"] = torch.tensor([1, 4]) if isinstance(model, dit_module.DiT) else batch["y"]
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**batch)
+    assert set(seen) == {(torch.float32,) * 3}
+    assert len(seen) == 5, "two of each block, and one before the last layer"
+    if not numbers.keys() & {"modulation", "condition"}:
+        expected = model.blocks[0].scale_shift_table[:1].float() + shared[0][3][:, :1].float()
+        assert torch.equal(given[0], expected)
+        assert not torch.equal(given[0], given[0].bfloat16().float()), "it was not rounded"
+    seen.clear()
+    model(**batch)
+    assert set(seen) == {(torch.bfloat16,) * 3}, "who asks for bf16 throughout gets it"
+
+
 def test_a_model_is_copied_and_pickled_without_its_positions_and_they_are_no_state():
     model, batch = wake(tiny()), inputs(4, 16)
     expected = model(**batch)
@@ -269,6 +306,38 @@ def test_blocks_compute_the_same_compiled_once_for_all_canvases_and_captions(bac
     assert not counters["graph_break"]
     assert not copy.deepcopy(compiled).compiled, "the average of the weights is not trained"
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def alone():
+    """A process group of this process only."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler looks at it on its way
+def test_compiled_blocks_stay_whole_among_ddps_buckets():
+    """Those of PixArt-XL/2 are larger than a bucket: 85 MB of gradients and 25."""
+    torch._dynamo.reset()
+    programs = []
+    model = shake(tiny(width=24))
+    with torch._dynamo.config.patch(optimize_ddp=True):  # torch's default, whatever ran before
+        model.compile_blocks(lambda module, inputs: programs.append(module) or module)
+        spread = DistributedDataParallel(model, bucket_cap_mb=0.001)
+        spread(**inputs()).square().mean().backward()
+    torch._dynamo.reset()
+    assert sum(p.numel() * 4 for p in model.blocks[0].parameters()) > 10_000, "it has buckets in it"
+    assert len(programs) == 1
+
+
+def test_recomputing_does_not_ask_generators_for_their_state(monkeypatch):
+    """A GPU would have to be waited for, in every block."""
+    model = shake(tiny(grad_checkpointing=True))
+    monkeypatch.delattr(torch, "get_rng_state")
+    model(**inputs()).square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters())
 
 
 @pytest.mark.parametrize("numbers", OPTIONS, ids=str)

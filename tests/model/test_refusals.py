@@ -260,3 +260,14 @@ def test_what_can_change_the_samples_of_a_run_is_among_the_facts_of_its_order(op
     mixes = [facts(text_mix={"text": a, "short": b}) for a, b in ((0.6, 0.3), (2, 1), (0.5, 0.5))]
     assert mixes[0] == mixes[1] != mixes[2]
     assert facts(text_mix={"text": 3}) == facts()
+
+
+def test_a_run_knows_encoders_by_what_they_are_and_not_by_what_they_are_called(opened, copy):
+    def facts(name, identity):
+        for one in ("256px", "text"):
+            change_manifest(copy / one, lambda fields: fields["model"].update(id=name, identity=identity))
+        return opened(copy).order_facts()
+
+    assert facts("hub/name", "sha256:a") == facts("a/folder", "sha256:a")
+    differing = {key for key, value in facts("a/folder", "sha256:b").items() if value != facts("x", "sha256:a")[key]}
+    assert differing == {"data.image_set, VAE", "data.text_set, text encoder"}

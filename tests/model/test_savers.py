@@ -1,5 +1,6 @@
 import contextlib
 import copy
+import dataclasses
 import errno
 import logging
 import os
@@ -17,7 +18,7 @@ from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pixart_data.errors import DataError, JobError
-from pixart_model import checkpoint, savers
+from pixart_model import checkpoint, savers, states
 from pixart_model.config import Run
 from pixart_model.networks import build
 from pixart_model.nulls import NullCaption
@@ -254,6 +255,110 @@ def test_a_kill_while_writing_leaves_the_one_before_and_what_the_next_sweeps_up(
     with contextlib.closing(Saver(out, 2, ALONE)) as saver:
         going_on.save(saver, 2)
     assert sorted(one.name for one in out.iterdir()) == ["step_00000001", "step_00000002"]
+
+
+@pytest.fixture
+def busy(monkeypatch):
+    """A storage that keeps files named .nfs while `busy` holds, as NFS does for who still reads them."""
+    unlink, here = os.unlink, ["open"]
+
+    def refuse(path, **options):
+        if here and os.path.basename(path).startswith(".nfs"):
+            raise OSError(errno.EBUSY, "Device or resource busy", path)
+        unlink(path, **options)
+
+    monkeypatch.setattr(os, "unlink", refuse)
+    yield here
+    here.clear()
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_said_once_and_deleted_later(training, tmp_path, busy, caplog):
+    run_dir = tmp_path / "run"
+    for start in (1, 11):  # and started again
+        with contextlib.closing(Saver(run_dir, 1, ALONE)) as saver, caplog.at_level(logging.WARNING):
+            for step in range(start, start + 4):
+                path = training.save(saver, step)
+                saver.wait()
+                (path / "optimizer" / ".nfs0001").touch()
+        [said] = [record.getMessage() for record in caplog.records]
+        assert "old checkpoints cannot be deleted: [Errno 16] Device or resource busy" in said
+        assert "tries again" in said
+        caplog.clear()
+    assert checkpoint.latest(run_dir) == path
+    left = [file for file in run_dir.glob(".tmp-*/**/*") if file.is_file()]
+    assert len(left) == 7
+    assert {file.name for file in left} == {".nfs0001"}, "what could be deleted is"
+    busy.clear()
+    assert checkpoint.prune(run_dir, 1) is None
+    assert [one.name for one in run_dir.iterdir()] == ["step_00000014"]
+
+
+def test_a_checkpoint_that_cannot_even_be_renamed_stays_for_now(training, saver, monkeypatch, caplog):
+    rename = os.rename
+
+    def refuse(source, target):
+        if str(target).endswith("-old"):
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(target))
+        rename(source, target)
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+        patch.setattr(os, "rename", refuse)
+        for step in (1, 2, 3):
+            path = training.save(saver, step)
+        saver.wait()
+    assert len(list(path.parent.glob("step_*"))) == 3
+    assert caplog.text.count("cannot be deleted") == 1
+    training.save(saver, 4)
+    saver.wait()
+    assert sorted(one.name for one in path.parent.iterdir()) == ["step_00000003", "step_00000004"]
+
+
+def test_all_is_on_the_disk_before_it_can_be_seen(training, saver, monkeypatch):
+    flushed, checked = {}, []
+    rename = os.rename
+
+    def flush(path):
+        flushed[str(path)] = path.stat().st_size
+
+    def look_and_rename(staged, final):
+        entries = [staged, *staged.rglob("*")]
+        assert {str(one): one.stat().st_size for one in entries} == flushed, "each after the last byte of it"
+        checked.append(final)
+        flushed.clear()
+        rename(staged, final)
+
+    for module in (savers, states):
+        monkeypatch.setattr(module, "sync_dir", flush)
+    monkeypatch.setattr(os, "rename", look_and_rename)
+    path = training.save(saver, 1)
+    saver.wait()
+    assert checked == [path]
+    assert list(flushed) == [str(path.parent)], "and the new name"
+
+
+def test_nothing_is_written_before_the_copy_from_the_gpu_is_there(training, saver, monkeypatch):
+    """A GPU copies while the thread runs already: the values stand in only when its event has come."""
+    take = Saver._copy
+
+    class Event:
+        def __init__(self, files):
+            self.files, self.values = files, {name: t.clone() for name, t in files["model.safetensors"].items()}
+            for tensor in files["model.safetensors"].values():
+                tensor.zero_()
+
+        def synchronize(self):
+            for name, tensor in self.files["model.safetensors"].items():
+                tensor.copy_(self.values[name])
+
+    def on_a_gpu(self, *args):
+        copied = take(self, *args)
+        return dataclasses.replace(copied, copied=Event(copied.files))
+
+    monkeypatch.setattr(Saver, "_copy", on_a_gpu)
+    before = training.tensors()
+    path = training.save(saver, 1)
+    saver.wait()
+    assert equal(Training().restored(path), before)
 
 
 def test_any_number_of_processes_and_any_way_to_spread_goes_on_from_any_other(tmp_path):

@@ -27,6 +27,12 @@ from tests import teams
 from tests.model.conftest import change_manifest, damage, write_image_set, write_text_set
 
 
+def labelled(folder, keys):
+    """A table that gives keys the classes 0 to 6 in turn."""
+    pq.write_table(pa.table({"key": keys, "label": [i % 7 for i in range(len(keys))]}), folder / "labels.parquet")
+    return folder / "labels.parquet"
+
+
 def tensors(path):
     """All that a checkpoint holds: the weights, their average, the optimizer and the null caption, by file and name."""
     files = sorted(path.rglob("*.safetensors"))
@@ -160,6 +166,31 @@ def test_another_job_may_not_continue_a_run(make_job, sections, key):
     train.run(make_job(run={"num_steps": 1}))
     with pytest.raises(ConfigError, match=f"{key}: this job has .* choose another run.output"):
         train.run(make_job(**sections))
+
+
+def test_a_run_of_classes_is_not_continued_with_captions(make_job, tmp_path):
+    by_class = {"condition": "class", "num_classes": 7, "depth": 1}
+    data = {"labels": str(labelled(tmp_path, [f"source/{i:03d}" for i in range(25)])), "small_buckets": "carry"}
+    train.run(make_job(model=by_class, data=data, run={"num_steps": 1}))
+    with pytest.raises(ConfigError, match=r"model.condition: this job has caption, the run in .* has class"):
+        train.run(make_job())
+
+
+@pytest.mark.parametrize(
+    ("name", "fact", "value", "key"),
+    [
+        ("256px", "scaling_factor", 0.13025, "data.image_set, scaling_factor: this job has 0.13025, .* has 0.18215"),
+        ("256px", "shift_factor", None, "data.image_set, shift_factor: this job has 0.0, .* has 0.1"),
+        ("256px", "id", "other/vae", "data.image_set, VAE: this job has .*other/vae.* has .*tiny/vae.*"),
+        ("text", "revision", "other", "data.text_set, text encoder: this job has .*other.* has .*def.*"),
+    ],
+)
+def test_features_of_another_encoder_do_not_continue_a_run(make_job, copy, name, fact, value, key):
+    data = {"features": str(copy)}
+    train.run(make_job(data=data, run={"num_steps": 1}))
+    change_manifest(copy / name, lambda fields: fields["model"].__setitem__(fact, value))
+    with pytest.raises(ConfigError, match=f"{key}; the set is another, or was written anew since"):
+        train.run(make_job(data=data))
 
 
 def test_settings_that_may_change_do_take_effect_and_are_told(make_job, tmp_path, caplog):
@@ -372,10 +403,69 @@ def test_who_asks_a_run_to_leave_finds_it_saved_and_can_go_on(make_job, tmp_path
         assert train.run(job).name == "step_00000004"
     assert checkpoint.latest(tmp_path / "run").name == "step_00000004"
     assert "left at step 4 of 6 as asked, all of it saved in step_00000004; the same command goes on" in caplog.text
+    assert f"{tmp_path / 'run' / 'stop'}: removed: it was there before this run began" in caplog.text
     assert not (tmp_path / "run" / "stop").exists()
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
     straight = train.run(make_job(run={"output": str(tmp_path / "straight")}))
     assert same(train.run(job), straight)
+
+
+@pytest.fixture
+def while_starting(monkeypatch):
+    """Have something happen once, while a run opens its data."""
+
+    def arrange(happen):
+        real, left = train._open, [happen]
+
+        def spy(job, world):
+            if left:
+                left.pop()()
+            return real(job, world)
+
+        monkeypatch.setattr(train, "_open", spy)
+
+    return arrange
+
+
+@pytest.mark.parametrize("way", ["SIGTERM", "the file"])
+def test_who_asks_a_run_to_leave_while_it_starts_is_heard(make_job, tmp_path, while_starting, caplog, way):
+    def ask():
+        os.kill(os.getpid(), signal.SIGTERM) if way == "SIGTERM" else (tmp_path / "run" / "stop").touch()
+
+    job = make_job()
+    while_starting(ask)
+    with caplog.at_level(logging.INFO):
+        assert train.run(job).name == "step_00000000"
+    assert "left at step 0 of 6 as asked, all of it saved in step_00000000" in caplog.text
+    assert "removed" not in caplog.text
+    assert not (tmp_path / "run" / "stop").exists()
+    train.run(make_job(run={"num_steps": 3}))
+    while_starting(ask)
+    assert train.run(job).name == "step_00000003"
+    straight = train.run(make_job(run={"output": str(tmp_path / "straight")}))
+    assert same(train.run(job), straight)
+
+
+def test_the_wait_for_other_hosts_is_not_one_for_data(make_job, monkeypatch):
+    now_s, waits = [0.0], []
+    agreed, add = World.agreed, train.Meter.add
+
+    @contextlib.contextmanager
+    def slow(self):
+        with agreed(self):
+            yield
+        now_s[0] += 100.0  # until another process has come
+
+    def spy(self, outcome):
+        waits.append(outcome.data_s)
+        add(self, outcome)
+
+    monkeypatch.setattr(World, "agreed", slow)
+    monkeypatch.setattr(train.Meter, "add", spy)
+    monkeypatch.setattr(steps.time, "perf_counter", lambda: now_s[0])
+    train.run(make_job(run={"num_steps": 2}))
+    assert waits == [0.0, 0.0]
+    assert now_s[0] >= 200
 
 
 def test_who_asks_to_leave_does_not_wait_for_pictures(make_job, monkeypatch, after_step):
@@ -419,7 +509,7 @@ def test_a_step_of_several_batches_has_the_mean_of_their_gradients(make_job, tmp
     job = make_job(data={"batches_per_step": 3}, run={"num_steps": 1, "save_every": 1})
     world = World(0, 1, torch.device("cpu"))
     with contextlib.closing(train._open(job, world)) as dataset:
-        network, null = train._begin(job, dataset, None, world)
+        network, null = train._begin(job, job.init, dataset, None, world)
         setting = train._setting(job, dataset, null, world)
         for number in range(3):
             losses, _ = steps.batch_losses(network, dataset.read(number), setting)
@@ -433,20 +523,30 @@ def test_a_step_of_several_batches_has_the_mean_of_their_gradients(make_job, tmp
         train.run(make_job(data={"batches_per_step": 2}))
 
 
-def test_the_keys_of_every_step_are_told_to_who_asks(make_job, caplog):
-    job = make_job(data={"batches_per_step": 2}, run={"num_steps": 2})
-    with caplog.at_level(logging.DEBUG, "pixart_model"):
-        train.run(job)
+def test_the_keys_of_every_step_are_written_for_who_asks_and_again_after_a_restart(make_job, tmp_path, caplog):
+    def train_to(num_steps, **run):
+        job = make_job(data={"batches_per_step": 2}, run={"num_steps": num_steps, "save_every": 2, **run})
+        with caplog.at_level(logging.DEBUG, "pixart_model"):
+            train.run(job)
+        return job
+
+    job = train_to(2)
+    assert not (tmp_path / "run" / "keys.jsonl").exists()
+    shutil.rmtree(tmp_path / "run")
+    train_to(3, log_keys=True)
+    shutil.rmtree(tmp_path / "run" / "step_00000003")  # killed after it had trained on more than it saved
+    with (tmp_path / "run" / "keys.jsonl").open("a") as file:
+        file.write('{"step": 4, "bat')
+    train_to(4, log_keys=True)
     with contextlib.closing(train.open_dataset(job.data, job.run.seed)) as dataset:
-        keys = [" ".join(dataset.read(number).keys) for number in range(4)]
-    told = [record.getMessage() for record in caplog.records if record.name == "pixart_model.steps"]
-    assert told == [f"step {1 + number // 2}: batch {number}: {keys[number]}" for number in range(4)]
+        keys = [dataset.read(number).keys for number in range(8)]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "keys.jsonl").read_text().splitlines()]
+    assert lines == [{"step": k + 1, "batch": 2 * k, "keys": keys[2 * k : 2 * k + 2]} for k in range(4)]
+    assert keys[0][0] not in caplog.text
 
 
 def test_classes_are_learned_by_the_same_loop_and_dropped_ones_become_no_class(make_job, tmp_path, monkeypatch):
     keys = [f"source/{i:03d}" for i in range(25)]
-    table = pa.table({"key": keys, "label": [i % 7 for i in range(25)]})
-    pq.write_table(table, tmp_path / "labels.parquet")
     seen = []
     real = DiT.forward
 
@@ -456,13 +556,13 @@ def test_classes_are_learned_by_the_same_loop_and_dropped_ones_become_no_class(m
 
     monkeypatch.setattr(DiT, "forward", spy)
     model = {"condition": "class", "num_classes": 7}
-    data = {"labels": str(tmp_path / "labels.parquet"), "drop_caption": 0.5, "small_buckets": "carry"}
+    data = {"labels": str(labelled(tmp_path, keys)), "drop_caption": 0.5, "small_buckets": "carry"}
 
     def train_to(name, num_steps):
         return train.run(make_job(model=model, data=data, run={"output": str(tmp_path / name), "num_steps": num_steps}))
 
     whole = train_to("whole", 6)
-    labels = dict(zip(keys, table["label"].to_pylist(), strict=True))
+    labels = {key: i % 7 for i, key in enumerate(keys)}
     with contextlib.closing(train._open(make_job(model=model, data=data), World(0, 1, torch.device("cpu")))) as dataset:
         for number, y in enumerate(seen):
             wanted = [labels[key] for key in dataset.read(number).keys]
@@ -473,7 +573,47 @@ def test_classes_are_learned_by_the_same_loop_and_dropped_ones_become_no_class(m
     assert not list(whole.glob("null*"))
 
 
-def test_a_new_run_starts_from_other_weights_and_goes_on_from_its_own(make_job, tmp_path):
+def test_a_run_to_start_from_is_looked_up_once_for_all_processes(make_job, tmp_path, monkeypatch):
+    first = train.run(make_job(run={"output": str(tmp_path / "first"), "num_steps": 3}))
+    told, resolved = [], []
+    tell, resolve, begin = World.first, train.weights.resolve, train.beginnings.begin
+
+    def resolving(source):
+        resolved.append(source)
+        return resolve(source)
+
+    def telling(self, thing):
+        told.append(thing)
+        return tell(self, thing)
+
+    def beginning(init, *others):
+        assert (None, init) in told, "what the first process has found"
+        assert init.weights == str(first)
+        return begin(init, *others)
+
+    monkeypatch.setattr(train.weights, "resolve", resolving)
+    monkeypatch.setattr(World, "first", telling)
+    monkeypatch.setattr(train.beginnings, "begin", beginning)
+    job = make_job(init={"weights": str(first.parent)}, run={"num_steps": 1})
+    last = train.run(job)
+    assert resolved == [str(first.parent)]
+    assert f'weights = "{first.parent}"' in (last / "config.toml").read_text(), "as it was written"
+
+
+def test_going_on_draws_no_weights(make_job, monkeypatch):
+    drawn, real = [], PixArt.initialize
+
+    def spy(self):
+        drawn.append(self.device.type)
+        real(self)
+
+    monkeypatch.setattr(PixArt, "initialize", spy)
+    for num_steps in (1, 2):
+        train.run(make_job(run={"num_steps": num_steps}))
+    assert drawn == ["cpu", "meta"]
+
+
+def test_a_new_run_starts_from_other_weights_and_goes_on_from_its_own(make_job, tmp_path, caplog):
     first = train.run(make_job(run={"output": str(tmp_path / "first")}))
     still = {"lr": 1e-30, "weight_decay": 0.0}
     init = {"weights": str(first)}
@@ -483,6 +623,10 @@ def test_a_new_run_starts_from_other_weights_and_goes_on_from_its_own(make_job, 
         assert torch.equal(a["ema.safetensors", key[1]], b[key])
     shutil.rmtree(tmp_path / "first")
     assert train.run(make_job(init=init, optim=still, run={"num_steps": 2})).name == "step_00000002"
+    with caplog.at_level(logging.INFO):
+        train.run(make_job(optim=still, run={"num_steps": 3}))
+    assert "run.num_steps: 2 until step 2, 3 from here on" in caplog.text
+    assert "init." not in caplog.text, "which is not read any more"
 
 
 def test_compiled_blocks_are_asked_for(make_job, monkeypatch):
@@ -498,9 +642,23 @@ def test_a_gpu_that_is_full_says_what_to_lower(make_job, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(steps, "batch_losses", full)
-    with pytest.raises(JobError, match=r"data.batch_size: 4 samples do not fit .* run.grad_checkpointing = true"):
-        train.run(make_job())
+    job = make_job()
+    ways = (
+        r"^data.batch_size: expected 4 samples .* found it full; set run.grad_checkpointing = true, or start on more "
+        r'GPUs with run.parallel = "fsdp", and the run goes on; a smaller data.batch_size .* init.weights = ".*run"'
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "batch_losses", full)
+        with pytest.raises(JobError, match=ways):
+            train.run(job)
+        with pytest.raises(JobError, match="found it full; start on more GPUs"):
+            train.run(make_job(run={"grad_checkpointing": True}))
+    monkeypatch.setattr(torch.optim.AdamW, "step", full)
+    with pytest.raises(JobError, match=ways):
+        train.run(job)
+    monkeypatch.undo()
+    train.run(make_job(run={"num_steps": 1}))
+    assert train.run(make_job(run={"num_steps": 2, "grad_checkpointing": True})).name == "step_00000002"
 
 
 def test_a_thread_that_may_not_listen_to_signals_heeds_the_file(make_job, tmp_path, after_step):

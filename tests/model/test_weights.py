@@ -173,7 +173,21 @@ def test_every_model_is_known_by_its_shapes(tmp_path, section):
         (lambda s: s.update({"t_block.1.bias": torch.zeros(576).to_sparse()}), "t_block.1.bias: .* found sparse_coo"),
         (lambda s: s.update({"t_block.1.bias": [0.0]}), "t_block.1.bias: expected a tensor, found list"),
         (lambda s: s.update({"y_embedder.y_embedding": torch.zeros(120, 5)}), r"y_embedding: .*\(L, 32\).*\(120, 5\)"),
+        (
+            lambda s: s.update({"y_embedder.y_embedding": torch.zeros(120, 32, dtype=torch.int8)}),
+            "y_embedding: expected floating-point numbers, found int8",
+        ),
         (lambda s: s.update({"x_embedder.proj.weight": torch.zeros(4)}), "x_embedder.proj.weight: expected 4 axes"),
+        (
+            lambda s: s.update({"x_embedder.proj.weight": torch.zeros(0, 4, 2, 2)}),
+            r"x_embedder.proj.weight: expected 4 axes of at least 1, found shape \(0, 4, 2, 2\)",
+        ),
+        (lambda s: s.update({"foo.bar.attn.sr.weight": torch.zeros(1)}), "foo.bar.attn.sr.weight is one too many"),
+        (
+            lambda s: s.update({"blocks.999999999.x": torch.zeros(1)}),  # a model of so many would never be built
+            r"blocks\.2\.\S+ is missing .*, though block 999999999 is there",
+        ),
+        (lambda s: s.update({f"blocks.{'9' * 5000}.x": torch.zeros(1)}), r"blocks\.99\d+\.x is one too many"),
     ],
 )
 def test_wrong_weights_are_named(tmp_path, change, words):
@@ -262,6 +276,33 @@ def test_nothing_there(tmp_path):
         weights.read(tmp_path / "pictures")
 
 
+def test_a_run_is_resolved_to_its_last_checkpoint_and_all_else_stays(tmp_path):
+    for step in (3, 12):
+        folder = tmp_path / "run" / f"step_{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "meta.json").touch()
+    assert weights.resolve(tmp_path / "run") == str(tmp_path / "run" / "step_00000012")
+    first = tmp_path / "run" / "step_00000003"
+    for source in (str(first), str(tmp_path / "x.pth"), str(tmp_path), "PixArt-alpha/PixArt-XL-2-256x256"):
+        assert weights.resolve(source) == source
+
+
+def test_a_run_without_a_checkpoint_says_so(tmp_path):
+    (tmp_path / ".lease").mkdir()
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(ConfigError, match=r"expected a run with a checkpoint, found one that has saved none yet; wait"):
+        weights.read(tmp_path)
+
+
+def test_a_checkpoint_that_lost_its_meta_is_not_half_read(tmp_path):
+    for name in ("model", "ema"):
+        save_file(bare(pixart_pth()), tmp_path / f"{name}.safetensors")
+    with pytest.raises(ConfigError, match=r"expected a checkpoint .*, found ema.safetensors"):
+        weights.read(tmp_path, given=HEADS)
+    (tmp_path / "ema.safetensors").unlink()
+    assert weights.read(tmp_path, given=HEADS).where == str(tmp_path / "model.safetensors")
+
+
 # safetensors and diffusers
 
 
@@ -272,6 +313,24 @@ def test_safetensors_with_native_names(tmp_path):
     alike(found.tensors, bare(state))
     assert found.config.base_size == 128
     assert torch.equal(found.null_table, state["y_embedder.y_embedding"])
+
+
+@pytest.mark.parametrize(
+    ("more", "metadata", "words"),
+    [
+        ({"null_caption": torch.zeros(1, 5)}, {}, r"null_caption: expected shape \(L, 32\), found \(1, 5\)"),
+        ({"null_caption": torch.zeros(0, 32)}, {}, r"null_caption: expected shape \(L, 32\), found \(0, 32\)"),
+        ({"null_caption": torch.zeros(1, 32).int()}, {}, "null_caption: expected floating-point numbers, found int32"),
+        ({}, {"pixart_features": "[1]"}, "pixart_features: expected an object"),
+        ({}, {"pixart_features": "{"}, "cannot be read as weights"),
+        ({}, {"pixart_model": "[]"}, "cannot be read as weights"),
+    ],
+)
+def test_what_stands_beside_weights_is_checked(tmp_path, more, metadata, words):
+    save_file({**pixart_pth(), **more}, tmp_path / "x.safetensors", metadata)
+    with pytest.raises(DataError, match=words) as raised:
+        weights.read(tmp_path / "x.safetensors", given=HEADS)
+    assert "\n" not in str(raised.value)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["single", "micro"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pixart_data.errors import ConfigError, DataError
-from pixart_model.conversion import from_diffusers, to_diffusers
+from pixart_model.conversion import native, to_diffusers
 from pixart_model.model import PixArt
 from pixart_model.packing import pack
 from pixart_model.sizes import Model
@@ -106,7 +106,7 @@ def test_random_models_agree_on_captions_of_any_length_in_outputs_and_gradients(
     torch.testing.assert_close(ours(**batch), expected, atol=1e-5, rtol=0)
     for out in (ragged, expected):
         (out * torch.arange(out.numel()).sin().view_as(out)).mean().backward()
-    gradients = from_diffusers({name: p.grad for name, p in theirs.named_parameters()}, config)
+    gradients = native("gradients", {name: p.grad for name, p in theirs.named_parameters()})
     for name, parameter in ours.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-5, rtol=1e-5, msg=name)
 
@@ -118,7 +118,7 @@ def test_gradients_agree(micro):
     target = torch.randn(3, 8, 24, 40)
     (ours(**batch) * target).mean().backward()
     (run_theirs(theirs, **batch) * target).mean().backward()
-    gradients = from_diffusers({name: p.grad for name, p in theirs.named_parameters()}, config)
+    gradients = native("gradients", {name: p.grad for name, p in theirs.named_parameters()})
     worst = 0.0
     for name, parameter in ours.named_parameters():
         assert parameter.grad.abs().max() > 0, name
@@ -131,7 +131,7 @@ def test_the_round_trip_is_exact(micro, tmp_path):
     config, ours, theirs = make(micro)
     weights, _ = to_diffusers(ours.state_dict(), config)
     assert weights.keys() == theirs.state_dict().keys()
-    back = from_diffusers(theirs.state_dict(), config)
+    back = native("theirs", theirs.state_dict())
     assert back.keys() == ours.state_dict().keys()
     assert all(torch.equal(back[name], tensor) for name, tensor in ours.state_dict().items())
     theirs.save_pretrained(tmp_path)
@@ -147,6 +147,6 @@ def test_missing_and_surplus_weights_are_named():
     with pytest.raises(DataError, match="pos_embed is one too many"):
         to_diffusers({**weights, "pos_embed": torch.zeros(1)}, config)
     with pytest.raises(DataError, match="is missing"):
-        from_diffusers(weights, config)
+        native("ours", weights)
     with pytest.raises(ConfigError, match="mlp_ratio"):
         to_diffusers(weights, config.model_copy(update={"mlp_ratio": 2.0}))
