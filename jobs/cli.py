@@ -9,6 +9,7 @@ import difflib
 import importlib
 import logging
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -212,10 +213,36 @@ def parser() -> argparse.ArgumentParser:
 
 
 def read_job(args: argparse.Namespace) -> Section:
-    """Build a command's job from its file, what was typed by hand, and `--set`."""
+    """Build a command's job from its file, what was typed by hand, and `--set`.
+
+    Raises:
+        ConfigError: With one line for each problem; of what a flag gave, the line names the flag.
+    """
+    _require_job_file(args)
     cls: type[Section] = resolve(COMMANDS[args.command].config, COMMANDS[args.command].extra)
     path, given = GIVEN.get(args.command, job_given)(args)
-    return load(cls, path, args.set, given, FLAGS.get(args.command))
+    flags = FLAGS.get(args.command, {})
+    try:
+        return load(cls, path, args.set, given, flags)
+    except ConfigError as error:
+        text = str(error)
+        for key in given.keys() & flags.keys():
+            text = text.replace(f"{path or 'command line'}: {key}: ", f"{flags[key].split()[0]}: {key}: ")
+        raise ConfigError(text) from None
+
+
+def _require_job_file(args: argparse.Namespace) -> None:
+    """Refuse a command that takes nothing but a job file and was given none, or the directory of a run."""
+    if "job" not in args:
+        return
+    command = f"pixart {args.command}"
+    if args.job is None and not args.set:
+        raise ConfigError(f"expected a job file, found none; type {command} JOB.toml; to start from: {JOB_FILES}")
+    if args.job is not None and args.job.is_dir():
+        inside = args.job / ("config.toml" if args.command == "train" else "job.toml")
+        advice = f"type {command} {shlex.quote(str(inside))}" if inside.is_file() else f"to start from: {JOB_FILES}"
+        kind = "the directory of a run" if inside.is_file() else "a directory"
+        raise ConfigError(f"{args.job}: expected a job file, found {kind}; {advice}")
 
 
 def resolve(name: str, extra: str) -> Any:

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -98,7 +99,10 @@ def write_pth(plain: Weights, average: Weights | None, folder: Path) -> None:
             NULL_TABLE,
         )
     names = ("model", "ema") if is_dit else ("state_dict", "state_dict_ema")
-    states = {name: _state(one) for name, one in zip(names, (plain, average), strict=True) if one is not None}
+    states: dict[str, Any] = {
+        name: _state(one) for name, one in zip(names, (plain, average), strict=True) if one is not None
+    }
+    states[CONFIG_KEY] = plain.config.model_dump(exclude=set(plain.assumed))  # heads above all; they ignore the key
     with _writing(folder):
         torch.save(states, folder / ("model.pt" if is_dit else "model.pth"))
 

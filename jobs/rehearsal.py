@@ -13,6 +13,7 @@ from pixart_model.config import Train
 from pixart_model.dataset import Dataset
 from pixart_model.flops import A100_TFLOPS, image_tokens, peak_tflops, train_flops
 from pixart_model.networks import build
+from pixart_model.train import slow_average
 
 _MOST_LOOKED_AT = 65_536  # captions, for their mean length
 
@@ -77,6 +78,7 @@ def lines(job: Train, dataset: Dataset, last: Path | None, done: int) -> Iterato
     yield from cost_lines(
         job, image_tokens(job.model, bucket.height_px, bucket.width_px), mean_text_tokens(job, dataset), done
     )
+    yield from slow_average(job)
 
 
 def cost_lines(job: Train, num_image_tokens: int, num_text_tokens: float, done: int = 0) -> Iterator[str]:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shlex
 import time
 import tomllib
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.config import Status as StatusJob
-from jobs.trainings import Training, is_training
+from jobs.trainings import Training, is_checkpoint, is_training
 from pixart_data.commits import COMMITS, Record, read_records
 from pixart_data.errors import ConfigError, DataError
 from pixart_data.pages import printable
@@ -72,6 +73,9 @@ def _roots(path: str) -> list[Path]:
     root = location(_output(Path(path)) if path.endswith(".toml") else path)
     if _is_run(root):
         return [root]
+    if is_checkpoint(root):
+        run = shlex.quote(str(root.parent))
+        raise ConfigError(f"{path}: expected a run, found a checkpoint of one; type pixart status {run}")
     try:
         found = [child for child in sorted(root.iterdir()) if child.is_dir() and _is_run(child)]
     except (FileNotFoundError, NotADirectoryError):

@@ -58,7 +58,7 @@ def rehearse(job: Train) -> None:
         last = checkpoint.latest(Path(job.run.output))
         done = 0 if last is None else training.steps_done(job, dataset, last)
         if done >= job.run.num_steps:
-            print(f"train: {job.run.output}: finished: {done} of {job.run.num_steps} steps; nothing to do")
+            print(f"train: {training.finished(job, done)}")
             return
         rehearsal.require_begins(job, dataset, last)
         if job.grid.num_images:

@@ -21,11 +21,17 @@ from pixart_model.journal import METRICS, Journal
 _CONFIG, _META, _NONFINITE = "config.toml", "meta.json", "nonfinite.json"
 _GO_ON = "go on from the last checkpoint"
 _CHECKPOINT = re.compile(r"step_(\d{8,})")
+_MOST_ON_A_MACHINE = 8  # GPUs; a run of more processes was on several, and how many is not known here
 
 
 def is_training(root: Path) -> bool:
     """Tell whether a directory is that of a run of `pixart train`; a checkpoint in it is none."""
     return (exists(root / METRICS) or exists(root / _CONFIG)) and not exists(root / _META)
+
+
+def is_checkpoint(root: Path) -> bool:
+    """Tell whether a directory is a checkpoint in that of a run."""
+    return _CHECKPOINT.fullmatch(root.name) is not None and exists(root / _META)
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,7 @@ class Training:
         alarm: What `nonfinite.json` says of the step whose loss or gradient was not finite, if that is how it ended;
             empty otherwise.
         dollars_per_gpu_hour: As its job file has it; None where that is not there yet.
+        has_workers: Whether the command itself starts its processes, by its job file: `torchrun` is not needed.
         holder: Who trains, or did last.
     """
 
@@ -49,6 +56,7 @@ class Training:
     saved_step: int | None
     alarm: dict[str, Any]
     dollars_per_gpu_hour: float | None
+    has_workers: bool
     holder: Holder | None
 
     @classmethod
@@ -73,6 +81,7 @@ class Training:
             saved,
             {} if is_past or is_older else alarm,
             job.get("cost", {}).get("dollars_per_gpu_hour"),
+            bool(job.get("run", {}).get("num_workers")),
             last_holder(root),
         )
 
@@ -123,7 +132,7 @@ class Training:
         yield "steps", f"{self.step:,}{of} done, {saved}"
         if self.line:
             yield from self._last_line(now_unix_s)
-        again = f"pixart train {shlex.quote(str(self.root / _CONFIG))}"
+        again = self._again()
         if self.state == "failed":
             yield "next", f"{self.alarm.get('advice', 'lower optim.lr, and run the same command again')}: {again}"
         elif self.state == "dead":
@@ -131,6 +140,16 @@ class Training:
             yield "next", f"it was killed; to {how}: {again}"
         elif self.state == "stopped":
             yield "next", f"it was stopped; to go on where it was: {again}"
+
+    def _again(self) -> str:
+        """Return what to type to go on, with as many processes as it had."""
+        command = f"pixart train {shlex.quote(str(self.root / _CONFIG))}"
+        count = int(self.line.get("num_processes", 1))
+        if self.has_workers or count == 1:
+            return command
+        if count > _MOST_ON_A_MACHINE:
+            return f"{command}, with torchrun on each machine as before: it had {count:,} processes"
+        return f"torchrun --nproc-per-node {count} --no-python {command}"
 
     def _state(self, now_unix_s: float) -> str:
         silent_s = self._silent_s(now_unix_s)

@@ -18,7 +18,7 @@ from pixart_model.config import Init
 from pixart_model.networks import Network
 from pixart_model.nulls import NullCaption, is_repeated
 from pixart_model.reparameterisation import TIMESTEP, TRUNK, reparameterise, require_same, silent_sizes
-from pixart_model.sizes import Model
+from pixart_model.sizes import SIZES, Model
 from pixart_model.weights import NULL_TABLE, Weights, read
 
 _COMPRESSION = ("kv_compression", "kv_compression_factor", "kv_compression_from")
@@ -29,6 +29,7 @@ _FACTS = (
     ("text", "width", "text encoder"),
     ("text", "id", "text encoder"),
 )
+_OF_SIZE = ("depth", "width", "heads")  # keys that `model.size` stands for
 _MEET_LATENTS = ("x_embedder.proj.", "final_layer.linear.")
 _MEET_CAPTIONS = ("y_embedder.y_proj.",)
 _log = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ def _require_finite(weights: Weights) -> None:
 def _adapt(weights: Weights, wanted: Model, state: dict[str, Tensor], init: Init) -> tuple[dict[str, Tensor], str]:
     """Return the weights that are not as they were drawn, and a word on them."""
     found, where = weights.config, weights.where
-    require_same(found, wanted, TRUNK, where)
+    _require_same_trunk(found, wanted, where)
     if (found.condition, wanted.condition) == ("class", "caption"):
         made = reparameterise(weights.tensors, found, wanted, init.shared_mlp, init.without_class, state)
         options = f"without_class = {init.without_class}"
@@ -110,6 +111,39 @@ def _adapt(weights: Weights, wanted: Model, state: dict[str, Tensor], init: Init
     if wanted.micro_conditioning and not found.micro_conditioning:
         return taken | silent_sizes(state), "PixArt, sizes without effect yet"
     return taken, "PixArt"
+
+
+def _require_same_trunk(found: Model, wanted: Model, where: str) -> None:
+    """Refuse another size with all that differs, and by its name where it has one."""
+    keys = [key for key in TRUNK if getattr(found, key) != getattr(wanted, key)]
+    name = _name_of_size(found, wanted)
+    if len(keys) < 2:
+        require_same(found, wanted, keys, where)
+        return
+    rest = [key for key in keys if name is None or key not in _OF_SIZE]
+    settings = ([f'model.size = "{name}"'] if name else []) + [f"model.{key} = {_toml(found, key)}" for key in rest]
+    raise ConfigError(
+        f"{', '.join(f'model.{key}' for key in keys)}: expected {', '.join(_toml(found, key) for key in keys)}, as "
+        f"{where} has it, found {', '.join(_toml(wanted, key) for key in keys)}; set {', '.join(settings)}"
+    )
+
+
+def _name_of_size(found: Model, wanted: Model) -> str | None:
+    """The size to ask for, if that alone makes the job's model one of the weights' depth, width and heads.
+
+    Numbers that stand beside `size` in the job would win. Heads that a file does not tell were taken from the job.
+    """
+    if wanted.size is None or any(getattr(SIZES[wanted.size](), key) != getattr(wanted, key) for key in _OF_SIZE):
+        return None
+    keys = _OF_SIZE[:2] if found.heads == wanted.heads else _OF_SIZE
+    same = (name for name, size in SIZES.items() if all(getattr(size(), key) == getattr(found, key) for key in keys))
+    name = next(same, None)
+    return None if name == wanted.size else name
+
+
+def _toml(model: Model, key: str) -> str:
+    value = getattr(model, key)
+    return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def _require_same_size(found: Model, wanted: Model, where: str, other_features: bool) -> None:

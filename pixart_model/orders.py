@@ -124,9 +124,12 @@ class Order:
         return low, batch - self.first_batch(low)
 
     def epoch_of(self, batch: int) -> float:
-        """Return how many epochs lie before a batch: 1.5 in the middle of the second."""
-        epoch, place = self.locate(batch)
-        return epoch + place / self.num_batches(epoch)
+        """Return how often the batches before one go through the samples: 1.5 times in the middle of the second epoch.
+
+        It goes by samples, as an epoch of few may have no batch at all: so it can lag behind `locate` by what buckets
+        that wait for more samples have left over.
+        """
+        return batch * self.batch_size / self.num_samples
 
     def batch(self, number: int) -> Picks:
         """Return the samples of a batch of the endless sequence, from 0."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pixart_data.commits import MANIFEST
 from pixart_data.errors import ConfigError, DataError
@@ -143,17 +144,22 @@ def require_model(portion: Portion, model: Model) -> None:
 
 
 def require_buckets(portions: Sequence[Portion], data: Data) -> None:
-    """Check that every bucket with samples holds a batch of them, unless `data.small_buckets` lets it carry some over.
+    """Check that every bucket with samples holds a batch of them; where `data.small_buckets` allows less, tell of it.
 
     Raises:
         ConfigError: Naming the buckets, and the ways out.
     """
-    if data.small_buckets == "carry":
-        return
     size = data.batch_size
     counts = [(one.buckets[i].ratio, int(n)) for one in portions for i, n in enumerate(one.order.bucket_counts) if n]
     small = sorted(((ratio, n) for ratio, n in counts if n < size), key=lambda one: one[1])
     if not small:
+        return
+    if data.small_buckets == "carry":
+        told = ", ".join(f"{ratio} with {n} (up to {_most_times(n, size)} times)" for ratio, n in small[:_SHOWN])
+        _log.warning(
+            "data.small_buckets: batches of %d hold a sample more than once in %d of %d buckets: %s%s",
+            size, len(small), len(counts), told, ", ..." if small[_SHOWN:] else "",
+        )  # fmt: skip
         return
     shown = ", ".join(f"{ratio} with {n}" for ratio, n in small[:_SHOWN]) + (", ..." if small[_SHOWN:] else "")
     ways = [f"lower data.batch_size to {min(n for _, n in small)}"]
@@ -171,25 +177,95 @@ def require_shards(portions: Sequence[Portion], data: Data) -> None:
     """Check that the shards on local disks are as long as their manifests say: one question to the disk for each.
 
     Raises:
-        DataError: Naming the first that is not and what it lost; where samples may be skipped, that is only told.
+        DataError: Naming the first that is not and what it lost. Where samples may be skipped, that is only told, but
+            for buckets that lost them all.
     """
-    sets = [features for one in portions for features in (one.images, *one.mixture.sets)]
-    for features in sets:
-        wrong = [] if is_remote(features.root) else list(_cut_shards(features))
-        if not wrong:
-            continue
-        number, found = wrong[0]
-        more = f" ({len(wrong) - 1} more shards are not whole either)" if wrong[1:] else ""
-        said = f"{_cut(features, number, found)}{more}"
-        if data.damaged == "fail":
-            raise DataError(
-                f"{said}; copy it again, or make it again and start a new run.output, or set data.damaged = 'skip'; "
-                f"`pixart verify {features.root}` names all that is lost"
-            )
-        _log.warning("%s; what is lost is skipped", said)
+    gone: list[str] = []
+    for one in portions:
+        wrong = [_require_whole(features, data) for features in (one.images, *one.mixture.sets)]
+        if any(wrong):
+            gone += _gone(one, wrong)
+    if not gone:
+        return
+    held = sum(int(np.count_nonzero(one.order.bucket_counts)) for one in portions)
+    ways = ["copy the shards named above again"]
+    if len(gone) < held:
+        ways.append(f"leave them out, in a new run.output, with data.where = {_without(gone, data.where)}")
+    where = ", ".join(str(one.images.root) for one in portions)
+    shown = ", ".join(gone[:_SHOWN]) + (", ..." if gone[_SHOWN:] else "")
+    raise DataError(
+        f"data.damaged: expected samples to take the place of those lost in every bucket of {where}, found none in "
+        f"{len(gone)} of {held}: {shown}; {', or '.join(ways)}"
+    )
 
 
 # The parts
+
+
+def _most_times(count: int, size: int) -> int:
+    """Return how often a batch can hold one sample of a bucket of so many: the rounds of the bucket that it touches."""
+    return -(-(size + count - math.gcd(count, size)) // count)
+
+
+def _require_whole(features: FeatureSet, data: Data) -> dict[int, int | None]:
+    """Return the shards of a set that are not whole, and their lengths, told of if samples may be skipped; or raise."""
+    wrong = {} if is_remote(features.root) else dict(_cut_shards(features))
+    if not wrong:
+        return {}
+    number, found = next(iter(wrong.items()))
+    more = f" ({len(wrong) - 1} more shards are not whole either)" if wrong.keys() - {number} else ""
+    said = f"{_cut(features, number, found)}{more}"
+    if data.damaged == "fail":
+        raise DataError(
+            f"{said}; copy it again, or make it again and start a new run.output, or set data.damaged = 'skip'; "
+            f"`pixart verify {features.root}` names all that is lost"
+        )
+    _log.warning("%s; what is lost is skipped", said)
+    return wrong
+
+
+def _gone(portion: Portion, wrong: Sequence[Mapping[int, int | None]]) -> list[str]:
+    """Return the buckets that have samples, none of which lies in what is left of the shards.
+
+    Args:
+        portion: The dataset.
+        wrong: Of its image set and each text set, the shards that are not whole, and their lengths.
+    """
+    images, *texts = (
+        _lost(one, shards, bool(portion.flip))
+        for one, shards in zip((portion.images, *portion.mixture.sets), wrong, strict=True)
+    )
+    lost = images[portion.joined.images]
+    if texts:  # a sample that has one text left may be drawn with it
+        pairs = zip(texts, portion.joined.texts, strict=True)  # `NONE`, above all numbers, is lost as well
+        lost |= np.all([np.append(one, True)[np.minimum(column, len(one))] for one, column in pairs], axis=0)
+    counts = portion.order.bucket_counts
+    ends = np.cumsum(counts)
+    return [
+        bucket.ratio
+        for bucket, first, end in zip(portion.buckets, ends - counts, ends, strict=True)
+        if first < end and lost[first:end].all()
+    ]
+
+
+def _lost(features: FeatureSet, shards: Mapping[int, int | None], mirrored: bool) -> npt.NDArray[np.bool_]:
+    """Return which samples of a set lie beyond the end of their shard; (entries,).
+
+    Args:
+        features: The set.
+        shards: Those that are not whole, and their lengths.
+        mirrored: Whether a sample's mirrored tensor, where there is one, will do as well.
+    """
+    lost = np.zeros(len(features.entries), np.bool_)
+    for number, size_bytes in shards.items():
+        own = np.flatnonzero(features.entries["shard"] == number)
+        entries = features.entries[own]
+        starts = entries["offset"]
+        if mirrored and features.manifest.kind == "image":
+            there = entries["flipped_offset"] > 0
+            starts = np.where(there, np.minimum(starts, entries["flipped_offset"]), starts)
+        lost[own] = starts + entries["size"] > (size_bytes or 0)
+    return lost
 
 
 def _require_condition(portion: Portion, model: Model) -> None:

@@ -61,7 +61,7 @@ def config_of(where: str, weights: Mapping[str, Tensor], told: Mapping[str, Any]
     if known["heads"] is None:
         raise ConfigError(
             f"{where}: expected a width of which the number of heads is known ({', '.join(map(str, sorted(HEADS)))}), "
-            f"found {width}; give heads, e.g. --set heads=16"
+            f"found {width}; give heads, {_heads_like(width)}"
         )
     known["size"] = _size(known)
     try:
@@ -124,6 +124,12 @@ def _compression(where: str, weights: Mapping[str, Tensor]) -> dict[str, Any]:
         return {}
     factor = _shape(where, weights, f"blocks.{min(blocks)}.attn.sr.weight", 4)[3]
     return {"kv_compression": "conv", "kv_compression_factor": factor, "kv_compression_from": min(blocks)}
+
+
+def _heads_like(width: int) -> str:
+    """Say which heads to try: those of our size of that width, or any that divide it."""
+    named = next(((name, size().heads) for name, size in SIZES.items() if size().width == width), None)
+    return f"--set heads=N, a divisor of {width}" + (f" ({named[1]} if it is of size {named[0]})" if named else "")
 
 
 def _size(known: dict[str, Any]) -> str | None:

@@ -37,6 +37,7 @@ from pixart_model.steps import Setting, State, train_step
 from pixart_model.stops import Stops, Wish, heeded
 from pixart_model.traces import Trace
 
+_MOST_LEFT, _LITTLE_LEFT = 0.05, 0.01  # of what the moving average began with: worth a word, and as good as none
 _log = logging.getLogger(__name__)
 
 
@@ -71,7 +72,7 @@ def _run(job: Train, world: World) -> Path:
             dataset = stack.enter_context(contextlib.closing(_open(job, world)))
             done = 0 if last is None else steps_done(job, dataset, last)
         if last is not None and done >= job.run.num_steps:
-            _log.info("%s: finished: %d of %d steps; nothing to do", run_dir, done, job.run.num_steps)
+            _log.info("%s", finished(job, done))
             return last
         with world.agreed():
             network, null = _begin(job, init, dataset, last, world)
@@ -101,6 +102,8 @@ def _loop(state: State, setting: Setting, dataset: Dataset, output: _Output) -> 
     meter.rewind()
     trace = Trace(run_dir, job, world, state.step)
     first, pinned = state.step * job.data.batches_per_step, world.device.type == "cuda"
+    for warning in slow_average(job):
+        _log.warning("%s", warning)
     _log.info("%s: step %d of %d, %s", run_dir, state.step, job.run.num_steps, _machines(world, job))
     with (
         contextlib.closing(Saver(run_dir, job.run.keep_last, world)) as saver,
@@ -151,6 +154,27 @@ def require_shares(job: Train, count: int) -> None:
             f"data.batches_per_step: expected a multiple of the {count} processes, for each to have as many "
             f"batches, got {batches}; set data.batches_per_step = {more}, or start another number of processes"
         )
+
+
+def finished(job: Train, done: int) -> str:
+    """Say that a run has nothing left to do, having done so many steps."""
+    asked = job.run.num_steps
+    counts = f"{done} of {asked} steps" if done == asked else f"{done} steps are done, {asked} were asked for"
+    return f"{job.run.output}: finished: {counts}; nothing to do"
+
+
+def slow_average(job: Train) -> list[str]:
+    """Return a warning if the moving average of the weights cannot follow them in so few steps, and what would do."""
+    steps = job.run.num_steps
+    left = job.optim.ema_decay**steps
+    if left <= _MOST_LEFT:
+        return []
+    moves = float(f"{1 - _LITTLE_LEFT ** (1 / steps):.1g}")
+    return [
+        f"optim.ema_decay: the moving average, which grids, sample, convert and init.weights take, still holds "
+        f"{left:.0%} of the weights it began with after {steps:,} steps; set optim.ema_decay = {1 - moves:.10g}, or "
+        "have sample, convert and init take the weights themselves (use_ema = false)"
+    ]
 
 
 def _resolved(init: Init) -> Init:

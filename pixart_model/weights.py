@@ -13,6 +13,7 @@ import pickle
 import re
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from pixart_data.errors import ConfigError, DataError
 from pixart_data.leases import FOLDER as LEASES
-from pixart_model import checkpoint
+from pixart_model import checkpoint, hub
 from pixart_model.conversion import is_diffusers, native, require_weights
 from pixart_model.networks import build
 from pixart_model.shapes import UNSEEN, config_of, grid_of
@@ -33,11 +34,12 @@ from pixart_model.sizes import Model
 
 POSITIONS, NULL_TABLE = "pos_embed", "y_embedder.y_embedding"
 CONFIG_KEY = "pixart_model"
-"""The key of a safetensors file's metadata under which the `model` section stands, as JSON."""
+"""The key under which the `model` section stands: in a safetensors file's metadata, as JSON, or beside the weights in a
+`.pth`, as a dictionary."""
 FEATURES_KEY, AVERAGE_KEY = "pixart_features", "pixart_is_ema"
-"""Likewise `Weights.features` and `Weights.is_ema`, as JSON."""
+"""In such metadata, `Weights.features` and `Weights.is_ema`, as JSON."""
 NULL_CAPTION = "null_caption"
-"""The tensor of such a file that is `Weights.null_caption`."""
+"""The tensor of a safetensors file that is `Weights.null_caption`."""
 FILES = ("model.safetensors", "model.pth", "model.pt")
 """What `pixart convert` calls the one file that it writes into a folder."""
 DIFFUSERS_CONFIG, DIFFUSERS_WEIGHTS, TRANSFORMER = (
@@ -53,6 +55,7 @@ _GLOBAL = re.compile(r"GLOBAL (\S+)")
 _SUFFIXES = (".pth", ".pt", ".safetensors", ".bin", ".ckpt")
 _LFS = b"version https://git-lfs"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_FOREIGN = "no file of torch or safetensors"
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 _log = logging.getLogger(__name__)
 
@@ -112,9 +115,15 @@ def read(source: str | Path, use_ema: bool = True, given: Mapping[str, Any] = _N
         return _read_folder(path, use_ema, given)
     if path.is_file():
         return _read_file(path, use_ema, given)
-    if _HUB_ID.fullmatch(str(source)) and path.suffix not in _SUFFIXES:
-        return _read_diffusers(f"{source} on the hub", _hub(str(source)), given)
+    if _may_be_hub_id(str(source)):
+        return _read_diffusers(f"{source} on the hub", hub.opened(str(source)), given)
     raise ConfigError(f"{source}: expected {_KINDS}, found nothing there; check the path")
+
+
+def _may_be_hub_id(source: str) -> bool:
+    """Whether to ask the hub: not for a path that is mistyped below a folder that exists (`.` and `..` do)."""
+    first = Path(source.partition("/")[0])
+    return bool(_HUB_ID.fullmatch(source)) and Path(source).suffix not in _SUFFIXES and not first.exists()
 
 
 def _read_folder(path: Path, use_ema: bool, given: Mapping[str, Any]) -> Weights:
@@ -162,8 +171,9 @@ def _read_file(path: Path, use_ema: bool, given: Mapping[str, Any]) -> Weights:
             told = _diffusers_told(beside) if beside else {}
             return _complete(str(path), native(str(path), tensors), {**given, **told})
         return _read_own(path, tensors, metadata, given)
-    tensors, null_table, is_ema = _choose(path, _load_pickle(path), use_ema)
-    return _complete(str(path), tensors, given, null_table, is_ema)
+    content = _load_pickle(path)
+    tensors, null_table, is_ema = _choose(path, content, use_ema)
+    return _complete(str(path), tensors, {**given, **_told_beside(path, content)}, null_table, is_ema)
 
 
 def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -179,29 +189,51 @@ def _load_pickle(path: Path) -> Any:
 
     An `argparse.Namespace` does nothing when it is built or filled: allowing it lets no code in.
     """
+    is_zip = _require_intact(path)
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # about pickles of other protocols, which are refused or read all the same
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         found = _GLOBAL.search(str(error))
         if found is None:
-            raise _damaged(path, error) from error
+            raise _damaged(path, _FOREIGN) from error
         raise DataError(
             f"{path}: expected tensors, numbers and text, found {found[1]}, which loading would run or build; nothing "
             "was loaded: ask whoever made it for the weights alone, as .safetensors"
         ) from error
-    except (RuntimeError, OSError, ValueError, EOFError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (RuntimeError, OSError) as error:
         raise _damaged(path, error) from error
+    except (ValueError, EOFError, LookupError, TypeError, AttributeError) as error:  # what unpickling any bytes ends in
+        raise _damaged(path, error if is_zip else _FOREIGN) from error
 
 
-def _damaged(path: Path, error: Exception) -> DataError:
+def _require_intact(path: Path) -> bool:
+    """Return whether a file is a zip archive, as torch writes, and if it is, check its sums: torch does not.
+
+    It is read piece by piece, so this takes no memory.
+    """
+    if not zipfile.is_zipfile(path):
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            has_sums = any(member.CRC for member in archive.infolist())  # torch.save can leave them out, as zeros
+            damaged = archive.testzip() if has_sums else None
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, ValueError) as error:
+        raise _damaged(path, error) from error
+    if damaged is not None:
+        raise DataError(
+            f"{path}: expected the bytes that were written, found others in its member {damaged} (its CRC-32 differs); "
+            "copy or download it again"
+        )
+    return True
+
+
+def _damaged(path: Path, error: Exception | str) -> DataError:
     with contextlib.suppress(OSError), path.open("rb") as file:
         if file.read(len(_LFS)) == _LFS:
             return DataError(f"{path}: expected weights, found a pointer of Git LFS; fetch it with `git lfs pull`")
-    text = _sentence(error)
-    why = "no file of torch.save" if text.startswith("Weights only load failed") else text
-    return DataError(f"{path}: cannot be read as weights ({why}); copy or download it again")
+    return DataError(f"{path}: cannot be read as weights ({hub.sentence(error)}); copy or download it again")
 
 
 def _choose(path: Path, content: Any, use_ema: bool) -> tuple[dict[str, Tensor], Tensor | None, bool]:
@@ -223,6 +255,14 @@ def _choose(path: Path, content: Any, use_ema: bool) -> tuple[dict[str, Tensor],
     if is_ema and isinstance(content.get(plain), Mapping):
         null_table = content[plain].get(NULL_TABLE, null_table)
     return chosen, null_table, is_ema
+
+
+def _told_beside(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    """What `pixart convert` wrote beside the weights of what they do not tell."""
+    config = content.get(CONFIG_KEY, {})
+    if not isinstance(config, Mapping):
+        raise DataError(f"{path}: {CONFIG_KEY}: expected a section, found {type(config).__name__}; give another file")
+    return {key: config[key] for key in UNSEEN if config.get(key) is not None}
 
 
 def _tensors(path: Path, found: Any) -> dict[str, Tensor]:
@@ -303,46 +343,6 @@ def _json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise DataError(f"{path}: expected an object, found {type(found).__name__}; copy or download it again")
     return found
-
-
-def _hub(name: str) -> Callable[[str], Path | None]:
-    """Return what fetches a file of the transformer in a repository of the hub, from its root or its folder."""
-    try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
-    except ImportError as error:
-        raise ConfigError(
-            f"{name}: no such folder, and the hub needs huggingface_hub; pip install 'pixart-toolkit[sample]'"
-        ) from error
-
-    def fetch(file: str) -> Path | None:
-        missing: Exception | None = None
-        for place in (f"{TRANSFORMER}/{file}", file):
-            try:
-                return Path(hf_hub_download(name, place))
-            except LocalEntryNotFoundError as error:
-                missing = error
-            except EntryNotFoundError:
-                continue
-            except (OSError, HFValidationError) as error:
-                raise _unreachable(name, error) from error
-        if missing is not None:
-            raise _unreachable(name, missing) from missing
-        return None
-
-    return fetch
-
-
-def _unreachable(name: str, error: Exception) -> ConfigError:
-    return ConfigError(
-        f"{name}: expected a path, or an id within reach on the hub, found neither ({_sentence(error)}); check the "
-        f"name, or give {_KINDS}"
-    )
-
-
-def _sentence(error: Exception) -> str:
-    """The first sentence of a library's message."""
-    return re.split(r"\.\s|\n", str(error), maxsplit=1)[0][:150].rstrip(".")
 
 
 # All

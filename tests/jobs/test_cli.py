@@ -2,6 +2,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -195,7 +196,10 @@ def test_a_missing_section_says_how_it_looks(capsys):
             ["layout: required, .* pass --from reference, mds or diffusers$"],
         ),
         (["export", "d"], ["layout: .* pass --to reference or mds$", "output: .* pass --out FOLDER$"]),
-        (["fetch"], [r"output: required, and missing; add it to the job file or pass --set output=\.\.\.$"]),
+        (
+            ["fetch", "--set", "downloads.concurrency=4"],
+            [r"output: required, and missing; add it to the job file or pass --set output=\.\.\.$"],
+        ),
     ],
 )
 def test_what_is_missing_is_asked_for_by_its_flag(capsys, words, advice):
@@ -212,6 +216,34 @@ def test_a_flag_that_is_advised_gives_its_key(command, key):
     _, args = cli.parse([command, *words, flag, "mds"])
     _, given = GIVEN[command](args)
     assert given[key] in ("mds", ["mds"])
+
+
+@pytest.mark.parametrize("command", ["fetch", "caption", "extract", "train"])
+def test_a_command_without_its_job_file_says_what_to_type(capsys, command):
+    code, _, err = run(capsys, command)
+    assert code == 2
+    [line] = err.splitlines()
+    assert f"expected a job file, found none; type pixart {command} JOB.toml; to start from: " in line
+    assert list(Path(line.rpartition(": ")[2]).glob(f"{command}*.toml")), "the folder that it names has one"
+
+
+@pytest.mark.parametrize(("command", "name"), [("train", "config.toml"), ("caption", "job.toml")])
+def test_the_directory_of_a_run_in_place_of_a_job_file_names_the_one_in_it(capsys, tmp_path, command, name):
+    code, _, err = run(capsys, command, tmp_path)
+    assert code == 2
+    assert f"{tmp_path}: expected a job file, found a directory; to start from: " in err
+    (tmp_path / name).write_text("")
+    code, _, err = run(capsys, command, tmp_path)
+    assert code == 2
+    assert f"expected a job file, found the directory of a run; type pixart {command} {tmp_path / name}\n" in err
+
+
+@pytest.mark.parametrize(("command", "flag"), [("convert", "--to"), ("export", "--to"), ("import", "--from")])
+def test_a_wrong_value_of_a_flag_is_complained_of_by_the_flag(capsys, command, flag):
+    code, _, err = run(capsys, command, "d", flag, "diffuser", "--out", "x")
+    assert code == 2
+    assert err.startswith(f"pixart {command}: {flag}: layout: expected '")
+    assert err.endswith(", got 'diffuser'\n")
 
 
 def test_an_empty_list_is_said_in_words(capsys):

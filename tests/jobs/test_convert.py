@@ -140,7 +140,7 @@ def test_checkpoint_becomes_the_reference_s_file(run, tmp_path):
     layout = pixart_pth(side, job.model.interpolation_scale, job.model.micro_conditioning, 48, 2, TEXT_WIDTH)
     null = load_null_caption(checkpoint).features.float()
     assert len(null) == 1
-    assert content.keys() == {"state_dict", "state_dict_ema"}
+    assert content.keys() == {"state_dict", "state_dict_ema", "pixart_model"}
     for key, file in (("state_dict", MODEL), ("state_dict_ema", EMA)):
         state = content[key]
         assert {name: t.shape for name, t in state.items()} == {name: t.shape for name, t in layout.items()}
@@ -149,7 +149,7 @@ def test_checkpoint_becomes_the_reference_s_file(run, tmp_path):
         alike({name: t for name, t in state.items() if name not in BESIDE}, load_file(checkpoint / file))
     assert convert(checkpoint, "--to", "pth", "--out", tmp_path / "plain", "--no-ema") == 0
     plain = load(tmp_path / "plain" / "model.pth")
-    assert plain.keys() == {"state_dict"}
+    assert plain.keys() == {"state_dict", "pixart_model"}
     alike(plain["state_dict"], content["state_dict"])
 
 
@@ -223,7 +223,7 @@ def test_published_file_survives_the_round_trip_bit_for_bit(tmp_path, side, scal
         alike(back["state_dict_ema"], average)
         return
     known = average if between == "safetensors" else {n: t for n, t in average.items() if n != BESIDE[1]}
-    assert back.keys() == {"state_dict"}
+    assert back.keys() == {"state_dict", "pixart_model"}
     alike(back["state_dict"], known)
 
 
@@ -249,7 +249,7 @@ def test_dit_file_survives_the_round_trip_bit_for_bit(tmp_path):
     torch.save({"model": plain, "ema": average}, tmp_path / "dit.pt")
     assert convert(tmp_path / "dit.pt", "--to", "pth", "--out", tmp_path / "out", *HEADS) == 0
     back = load(tmp_path / "out" / "model.pt")
-    assert back.keys() == {"model", "ema"}
+    assert back.keys() == {"model", "ema", "pixart_model"}
     alike(back["model"], plain)
     alike(back["ema"], average)
 

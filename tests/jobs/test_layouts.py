@@ -57,6 +57,13 @@ def test_pth_holds_the_numbers_of_a_view_and_not_all_that_it_is_a_view_of(tmp_pa
     assert torch.load(tmp_path / "model.pth", weights_only=True)["state_dict"][name].count_nonzero() == 0
 
 
+def test_pth_tells_its_heads(tmp_path):
+    """Which no width tells but published ones, so that what was written is read without being told again."""
+    layouts.write_pth(made(), None, tmp_path)
+    assert weights.read(tmp_path).config == CONFIG
+    assert weights.read(tmp_path, given={"heads": 8}).config == CONFIG
+
+
 @pytest.mark.parametrize(
     ("content", "layout", "file"),
     [

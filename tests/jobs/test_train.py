@@ -43,6 +43,7 @@ def make_job(features, tmp_path):
         tree = {
             "model": {"size": "tiny", "width": 48, "heads": 4, "base_size": 8, "caption_width": TEXT_WIDTH},
             "data": {"features": str(features), "batch_size": 4},
+            "optim": {"ema_decay": 0.8},
             "run": {"output": str(tmp_path / "run"), "num_steps": 23, "device": "cpu"},
         }
         for name, values in sections.items():
@@ -173,6 +174,14 @@ def test_a_run_that_goes_on_is_looked_at_and_what_is_left_is_reckoned(make_job, 
             train(make_job(**change), dry_run=True)
     [line] = dry_run(make_job(run={"num_steps": 13}), capsys)
     assert line == f"train: {tmp_path / 'run'}: finished: 13 of 13 steps; nothing to do"
+    [line] = dry_run(make_job(run={"num_steps": 5}), capsys)
+    assert line.endswith("finished: 13 steps are done, 5 were asked for; nothing to do")
+
+
+def test_a_dry_run_says_that_the_average_will_be_of_the_beginning(make_job, capsys):
+    *_, line = dry_run(make_job(optim={"ema_decay": 0.9999}), capsys)
+    assert line.startswith("train: optim.ema_decay: the moving average, ")
+    assert "still holds 100% of the weights it began with after 23 steps; set optim.ema_decay = 0.8, or have" in line
 
 
 @pytest.mark.parametrize(

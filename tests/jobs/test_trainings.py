@@ -72,6 +72,29 @@ def test_a_run_that_does_not_go_on_says_why_and_what_to_type(capsys, tmp_path, r
         assert f"{advice}{root}/config.toml" in out
 
 
+@pytest.mark.parametrize(
+    ("processes", "keys", "command"),
+    [
+        (1, "", "pixart train {}"),
+        (2, "", "torchrun --nproc-per-node 2 --no-python pixart train {}"),
+        (2, "num_workers = 2", "pixart train {}"),
+        (64, "", "pixart train {}, with torchrun on each machine as before: it had 64 processes"),
+    ],
+)
+def test_a_run_of_several_processes_goes_on_with_as_many(capsys, tmp_path, processes, keys, command):
+    root = write_training(tmp_path / "run", num_processes=processes)
+    (root / "config.toml").write_text(f"[run]\nnum_steps = 150000\n{keys}\n")
+    _, out, _ = status(capsys, root)
+    assert f"go on where it was: {command.format(root / 'config.toml')}\n" in out
+
+
+def test_a_checkpoint_in_place_of_its_run_names_the_run(capsys, tmp_path):
+    root = write_training(tmp_path / "run")
+    code, out, err = status(capsys, root / "step_00001000")
+    assert (code, out) == (2, "")
+    assert f"step_00001000: expected a run, found a checkpoint of one; type pixart status {root}\n" in err
+
+
 def leave_behind(path):
     """As a process of another machine that has not been heard of for a while."""
     import os

@@ -5,7 +5,7 @@ import torch
 
 from pixart_data.errors import ConfigError, DataError
 from pixart_model import train
-from pixart_model.beginnings import begin
+from pixart_model.beginnings import _require_same_trunk, begin
 from pixart_model.checkpoint import Meta, load_null_caption, load_weights
 from pixart_model.config import Init
 from pixart_model.dit import DiT
@@ -262,6 +262,30 @@ def test_another_size_is_refused_by_its_key_and_nothing_is_loaded(tmp_path, key,
     with pytest.raises(ConfigError, match=said):
         start(run, model)
     alike(model.state_dict(), before)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        ({"size": "s-2"}, 'model.depth, model.width, model.heads: expected 2, 96, 4, as W has it, found 12, 384, 6; '
+         'set model.size = "tiny"'),
+        ({"size": "s-2", "depth": 3}, "model.depth, model.width, model.heads: expected 2, 96, 4, as W has it, found 3, "
+         "384, 6; set model.depth = 2, model.width = 96, model.heads = 4"),
+        ({"size": "s-2", "qk_norm": True}, "model.depth, model.width, model.heads, model.qk_norm: expected 2, 96, 4, "
+         'false, as W has it, found 12, 384, 6, true; set model.size = "tiny", model.qk_norm = false'),
+    ],
+)  # fmt: skip
+def test_all_that_differs_in_size_is_named_at_once(wanted, said):
+    found, wanted = Model(size="tiny"), Model(**wanted)
+    with pytest.raises(ConfigError) as raised:
+        _require_same_trunk(found, wanted, "W")
+    assert str(raised.value) == said
+
+
+def test_heads_that_a_file_does_not_tell_hide_no_size(tmp_path):
+    source = write(tmp_path / "x.pth", pixart_pth())  # of the size tiny
+    with pytest.raises(ConfigError, match=r'model\.depth, model\.width: .*; set model\.size = "tiny"$'):
+        start(source, fresh(section(size="s-2", depth=12, width=384, heads=6)))
 
 
 def test_other_classes_and_another_size_of_dit_are_refused(tmp_path):

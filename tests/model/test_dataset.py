@@ -516,6 +516,13 @@ def test_datasets_are_mixed_by_their_weights(opened, other, features):
     assert mixed.epochs(128) == [opened().epochs(96)[0], opened(other).epochs(32)[0]]
 
 
+def test_epochs_are_counted_by_samples_where_buckets_are_smaller_than_a_batch(opened):
+    """Of 23 samples in three buckets, 40 a batch: some epochs have no batch at all, and none of them is skipped."""
+    dataset = opened(batch_size=40, small_buckets="carry")
+    assert 0 in [dataset.num_batches(epoch) for epoch in range(20)]
+    assert [dataset.epochs(23 * count) for count in (1, 2, 15)] == [[40.0], [80.0], [600.0]]
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [

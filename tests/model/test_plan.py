@@ -130,7 +130,8 @@ def test_a_batch_is_located_without_counting(arguments, epoch, number):
         found, place = order.locate(number)
         assert order.first_batch(found) <= number < order.first_batch(found + 1)
         assert number == order.first_batch(found) + place
-        assert found <= order.epoch_of(number) < found + 1
+        assert order.epoch_of(number) < found + 1
+        assert order.epoch_of(number) * order.num_samples == pytest.approx(number * order.batch_size)
         if order.num_batches(epoch):
             assert order.locate(order.first_batch(epoch)) == (epoch, 0)
         sizes = [epoch_size for epoch_size in (order.num_batches(epoch + i) for i in range(3))]

@@ -11,8 +11,10 @@ import pytest
 
 from pixart_data.errors import ConfigError, DataError
 from pixart_data.shards import read_manifest
+from pixart_model import refusals
 from pixart_model.config import Data
 from pixart_model.dataset import open_dataset
+from pixart_model.orders import Order
 from pixart_model.sizes import pixart_tiny
 from tests.model.conftest import change_manifest, open_set, write_image_set, write_text_set
 
@@ -178,6 +180,33 @@ def test_buckets_smaller_than_a_batch_are_named_and_each_way_out_is_one(uneven, 
     assert ratios == {0.5, 1.0, 2.0}
 
 
+def test_how_often_small_buckets_that_carry_repeat_a_sample_is_said_once(uneven, opened, caplog):
+    """No batch of the first hundred holds a sample more often than is said, and one of each bucket does as often."""
+    dataset = opened(uneven, batch_size=7, small_buckets="carry")
+    with caplog.at_level(logging.WARNING):
+        dataset.require(MODEL)
+    [line] = [record.getMessage() for record in caplog.records]
+    assert line == (
+        "data.small_buckets: batches of 7 hold a sample more than once in 2 of 3 buckets: "
+        "0.50 with 2 (up to 4 times), 2.00 with 3 (up to 3 times)"
+    )
+    most = {}
+    for picks in map(dataset.portions[0].order.batch, range(100)):
+        ratio = dataset.portions[0].buckets[picks.bucket].ratio
+        most[ratio] = max(most.get(ratio, 0), *np.unique(picks.samples, return_counts=True)[1].tolist())
+    assert (most["0.50"], most["2.00"]) == (4, 3)
+    caplog.clear()
+    opened(uneven, batch_size=2, small_buckets="carry").require(MODEL)
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(("count", "size", "times"), [(1, 4, 4), (2, 4, 2), (3, 4, 2), (3, 5, 3), (4, 6, 2)])
+def test_how_often_a_batch_can_hold_a_sample(count, size, times):
+    order = Order([count], size, 0)
+    found = max(np.unique(order.batch(number).samples, return_counts=True)[1].max() for number in range(300))
+    assert refusals._most_times(count, size) == found == times
+
+
 def test_what_leaves_small_buckets_out_goes_with_the_query_there_is(uneven, opened, refused):
     said = refused(ConfigError, uneven, where='bucket in ("1.00", "0.50")')
     [where] = re.findall(r"data.where = '(.*?)',", said)
@@ -234,6 +263,62 @@ def test_of_several_shards_that_are_not_whole_the_first_is_named(copy, refused):
     for path in paths[1:]:
         shutil.copy(copy / "text/manifest.json", path)  # of another length
     assert "(2 more shards are not whole either)" in refused(DataError, copy)
+
+
+def lose(root, lost=lambda path: True):
+    """Take away shards, by their paths."""
+    for shard in read_manifest(root).shards:
+        if lost(shard["path"]):
+            (root / shard["path"]).unlink()
+
+
+def test_a_bucket_that_lost_all_its_samples_is_refused_with_what_leaves_it_out(copy, opened, refused):
+    rows = open_set(copy / "256px")[1].values()
+    lost = {row["shard"] for row in rows if row["bucket"] == "0.50"}
+    lose(copy / "256px", lost.__contains__)
+    assert {row["bucket"] for row in rows if row["shard"] not in lost} == {"1.00", "2.00"}
+    said = refused(DataError, copy, damaged="skip")
+    assert f"in every bucket of {copy / '256px'}, found none in 1 of 3: 0.50; copy the shards" in said
+    [where] = re.findall(r"data.where = '(.*?)'", said)
+    assert where == 'bucket != "0.50"'
+    left = opened(copy, damaged="skip", where=where)
+    left.require(MODEL)
+    assert sum(1 for _ in itertools.islice(left.batches(), 12)) == 12
+
+
+def test_where_every_bucket_is_lost_none_can_be_left_out(copy, refused):
+    lose(copy / "text")
+    said = refused(DataError, copy, damaged="skip")
+    assert "found none in 3 of 3: " in said
+    assert said.endswith("; copy the shards named above again")
+
+
+def test_samples_that_another_text_set_holds_are_not_lost(copy, opened, refused):
+    shutil.copytree(copy / "text", copy / "short")
+    lose(copy / "text")
+    opened(copy, damaged="skip", text_mix={"text": 1, "short": 1}).require(MODEL)
+    lose(copy / "short")
+    assert "found none in 3 of 3" in refused(DataError, copy, damaged="skip", text_mix={"text": 1, "short": 1})
+
+
+def test_mirrored_tensors_that_are_left_keep_a_bucket(tmp_path, opened, refused):
+    """A shard that ends before its mirrored images holds the others, and those are read where nothing is mirrored."""
+    keys = [f"s/{i}" for i in range(30)]
+    write_image_set(tmp_path / "one/256px", keys, np.random.default_rng(0), flips=True)
+    write_text_set(tmp_path / "one/text", keys, np.random.default_rng(1))
+    rows = [row for row in open_set(tmp_path / "one/256px")[1].values() if row["bucket"] == "0.50"]
+    for shard in {row["shard"] for row in rows}:
+        own = [row for row in rows if row["shard"] == shard]
+        first = min(min(row["offset_bytes"], row["flipped_offset_bytes"]) + row["size_bytes"] for row in own)
+        path = tmp_path / "one/256px" / shard
+        path.chmod(0o644)
+        with path.open("r+b") as file:
+            file.truncate(first)
+    opened(tmp_path / "one", damaged="skip", flip=0.5).require(MODEL)
+    for shard in {row["shard"] for row in rows}:
+        with (tmp_path / "one/256px" / shard).open("r+b") as file:
+            file.truncate(first - 1 - rows[0]["size_bytes"])
+    assert "found none in 1 of 3: 0.50" in refused(DataError, tmp_path / "one", damaged="skip", flip=0.5)
 
 
 def test_a_shard_that_is_gone_is_named(copy, refused):

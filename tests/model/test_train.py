@@ -123,8 +123,28 @@ def test_a_finished_run_says_so_and_does_nothing(make_job, caplog):
     before = times()
     with caplog.at_level(logging.INFO):
         assert train.run(job) == first
-    assert "finished: 6 of 6 steps; nothing to do" in caplog.text
+        assert "finished: 6 of 6 steps; nothing to do" in caplog.text
+        assert train.run(make_job(run={"num_steps": 2})) == first
+        assert "finished: 6 steps are done, 2 were asked for; nothing to do" in caplog.text
     assert before == times()
+
+
+def test_an_average_that_cannot_follow_so_few_steps_is_told_of_with_one_that_can(make_job, caplog):
+    def told(decay, num_steps):
+        return train.slow_average(make_job(optim={"ema_decay": decay}, run={"num_steps": num_steps}))
+
+    [line] = told(0.9999, 60)
+    assert "which grids, sample, convert and init.weights take, still holds 99% of the weights it began with" in line
+    assert "after 60 steps; set optim.ema_decay = 0.93, or have" in line
+    assert told(0.9999, 40_000) == told(0.0, 1) == []
+    for count in (1, 2, 5, 17, 60, 1000, 20_000):
+        [line] = told(0.99999, count)
+        advised = float(line.split("optim.ema_decay = ")[1].split(",")[0])
+        assert advised**count < 0.05
+        assert told(advised, count) == []
+    with caplog.at_level(logging.WARNING):
+        train.run(make_job(optim={"ema_decay": 0.9999}, run={"num_steps": 1}))
+    assert caplog.text.count("optim.ema_decay: the moving average, ") == 1
 
 
 def test_continuing_is_said_and_the_log_line_reads_well(make_job, caplog):
@@ -202,7 +222,7 @@ def test_settings_that_may_change_do_take_effect_and_are_told(make_job, tmp_path
             return train.run(make_job(run=run, optim=optim))
 
     same_as_before = go_on("a")
-    assert "optim." not in caplog.text
+    assert caplog.text.count("from here on") == 1, "the number of steps"
     other_rate = go_on("b", lr=5e-4, warmup_steps=0)
     assert "optim.lr: 0.001 until step 3, 0.0005 from here on" in caplog.text
     assert "optim.warmup_steps: 4 until step 3, 0 from here on" in caplog.text
@@ -626,7 +646,7 @@ def test_a_new_run_starts_from_other_weights_and_goes_on_from_its_own(make_job, 
     with caplog.at_level(logging.INFO):
         train.run(make_job(optim=still, run={"num_steps": 3}))
     assert "run.num_steps: 2 until step 2, 3 from here on" in caplog.text
-    assert "init." not in caplog.text, "which is not read any more"
+    assert caplog.text.count("from here on") == 1, "what began a run is not read any more"
 
 
 def test_compiled_blocks_are_asked_for(make_job, monkeypatch):

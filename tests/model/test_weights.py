@@ -3,6 +3,7 @@ import collections
 import json
 import os
 import pickle
+import zipfile
 
 import pytest
 import torch
@@ -82,7 +83,8 @@ def test_heads_are_those_of_a_published_width_or_asked_for(tmp_path):
     torch.save(pixart_pth(), tmp_path / "x.pth")
     with pytest.raises(
         ConfigError,
-        match=r"x.pth: expected a width .*384, 768.*, found 96; give heads, e.g. --set heads=16$",
+        match=r"x.pth: expected a width .*384, 768.*, found 96; give heads, --set heads=N, a divisor of 96 \(4 if it "
+        r"is of size tiny\)$",
     ):
         weights.read(tmp_path / "x.pth")
     with pytest.raises(DataError, match=r"expected weights of PixArt or DiT, found .*multiple of 7"):
@@ -238,8 +240,9 @@ def test_a_plain_pickle_is_refused(tmp_path):
     ("name", "data", "words"),
     [
         ("x.pth", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "a pointer of Git LFS"),
-        ("x.pth", b"<html>not found</html>", "cannot be read as weights"),
-        ("x.pth", b"", "cannot be read as weights"),
+        ("x.pth", b"<html>not found</html>", "cannot be read as weights .no file of torch or safetensors"),
+        ("x.pth", b"hello\n", "cannot be read as weights .no file of torch or safetensors"),
+        ("x.pth", b"", "cannot be read as weights .no file of torch or safetensors"),
         ("x.safetensors", b"\x10\0\0\0\0\0\0\0{", "cannot be read as weights"),
         ("x.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "a pointer of Git LFS"),
     ],
@@ -259,10 +262,38 @@ def test_truncated_file(tmp_path):
         weights.read(tmp_path / "x.pth")
 
 
-@pytest.mark.parametrize("content", [[1, 2], {"state_dict": {}}, {"state_dict": 3}, {}], ids=str)
+def test_a_flipped_bit_in_a_tensor_is_found_before_anything_is_read(tmp_path):
+    path = tmp_path / "x.pth"
+    torch.save({"state_dict": pixart_pth()}, path)
+    data = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda member: member.file_size)
+    data[largest.header_offset + largest.file_size // 2] ^= 4
+    path.write_bytes(data)
+    torch.load(path, weights_only=True)  # torch alone takes it
+    with pytest.raises(DataError, match=rf"x\.pth: expected the bytes .* member {largest.filename} .*; copy"):
+        weights.read(path, given=HEADS)
+
+
+def test_a_file_saved_without_sums_is_read_and_one_of_the_old_format(tmp_path):
+    torch.serialization.set_crc32_options(compute_crc32=False)
+    try:
+        torch.save(pixart_pth(), tmp_path / "x.pth")
+    finally:
+        torch.serialization.set_crc32_options(compute_crc32=True)
+    torch.save(pixart_pth(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    for name in ("x.pth", "old.pth"):
+        alike(weights.read(tmp_path / name, given=HEADS).tensors, bare(pixart_pth()))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [[1, 2], {"state_dict": {}}, {"state_dict": 3}, {}, {"state_dict": pixart_pth(), "pixart_model": 3}],
+    ids=["list", "empty", "number", "nothing", "section"],
+)
 def test_a_file_of_something_else(tmp_path, content):
     torch.save(content, tmp_path / "x.pth")
-    with pytest.raises(DataError, match=r"x.pth: expected .*; give another file"):
+    with pytest.raises(DataError, match=r"x.pth: (pixart_model: )?expected .*; give another file"):
         weights.read(tmp_path / "x.pth")
 
 
@@ -416,17 +447,48 @@ def test_hub_id(tmp_path, theirs, monkeypatch):
     theirs.save_pretrained(tmp_path / "transformer", max_shard_size="500KB")
     asked = []
 
-    def download(name, file):
+    def download(name, file, local_files_only):
+        assert not local_files_only
         asked.append((name, file))
         if not (tmp_path / file).is_file():
             raise hub.errors.EntryNotFoundError(file)
         return str(tmp_path / file)
 
     monkeypatch.setattr(hub, "hf_hub_download", download)
+    monkeypatch.setattr(hub.HfApi, "model_info", lambda *_, **__: None)
     found = weights.read("someone/pixart")
     assert found.config.heads == 3
     assert {name for name, _ in asked} == {"someone/pixart"}
     assert all(file.rpartition("/")[0] in ("", "transformer") for _, file in asked)  # and no other part of a pipeline
+
+
+def test_a_path_that_is_mistyped_is_no_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    for source in ("out/nothere", "./nothere", "../nothere", "~/nothere", "a/b/c", "nobody/nothing.pt"):
+        with pytest.raises(ConfigError, match=r"expected a checkpoint or a run .* found nothing there; check the path"):
+            weights.read(source)
+
+
+def test_a_hub_that_does_not_answer_is_asked_once_and_the_cache_serves(tmp_path, theirs, monkeypatch, caplog):
+    hub = pytest.importorskip("huggingface_hub")
+    asked = []
+
+    def silent(*_, **__):
+        asked.append("info")
+        raise ConnectionError("no answer. More words")
+
+    monkeypatch.setattr(hub.HfApi, "model_info", silent)
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"nobody/nothing: .* found neither \(no answer\); check the name"):
+        weights.read("nobody/nothing")
+    assert (asked, caplog.text) == (["info"], "")
+    cached = tmp_path / "models--nobody--nothing"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    theirs.save_pretrained(cached / "snapshots" / commit / "transformer")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    assert weights.read("nobody/nothing").config.heads == 3
 
 
 def test_hub_that_is_out_of_reach():
