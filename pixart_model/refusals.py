@@ -156,7 +156,7 @@ def require_buckets(portions: Sequence[Portion], data: Data) -> None:
         return
     if data.small_buckets == "carry":
         told = ", ".join(f"{ratio} with {n} (up to {_most_times(n, size)} times)" for ratio, n in small[:_SHOWN])
-        _log.warning(
+        _log.info(
             "data.small_buckets: batches of %d hold a sample more than once in %d of %d buckets: %s%s",
             size, len(small), len(counts), told, ", ..." if small[_SHOWN:] else "",
         )  # fmt: skip

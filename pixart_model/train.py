@@ -102,7 +102,7 @@ def _loop(state: State, setting: Setting, dataset: Dataset, output: _Output) -> 
     meter.rewind()
     trace = Trace(run_dir, job, world, state.step)
     first, pinned = state.step * job.data.batches_per_step, world.device.type == "cuda"
-    for warning in slow_average(job):
+    for warning in slow_average(job) if world.is_first else ():
         _log.warning("%s", warning)
     _log.info("%s: step %d of %d, %s", run_dir, state.step, job.run.num_steps, _machines(world, job))
     with (

@@ -643,6 +643,7 @@ def test_a_new_run_starts_from_other_weights_and_goes_on_from_its_own(make_job, 
         assert torch.equal(a["ema.safetensors", key[1]], b[key])
     shutil.rmtree(tmp_path / "first")
     assert train.run(make_job(init=init, optim=still, run={"num_steps": 2})).name == "step_00000002"
+    caplog.clear()
     with caplog.at_level(logging.INFO):
         train.run(make_job(optim=still, run={"num_steps": 3}))
     assert "run.num_steps: 2 until step 2, 3 from here on" in caplog.text
