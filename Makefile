@@ -25,7 +25,7 @@ demo: install  ## pictures to captions, report, shards, checkpoint and new pictu
 	PATH="$(abspath $(BIN)):$$PATH" sh jobs/demo/run.sh
 
 test: install  ## run the tests
-	$(BIN)/python -m pytest -q --durations=10 --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q --durations=10 --numprocesses 2 --dist loadfile
 
 check: install  ## lint, types, layers, module sizes
 	$(BIN)/ruff check .
